@@ -1,0 +1,58 @@
+"""Declarative multi-level optimization on `torch.func`.
+
+Names are imported when they are first used, so that `import mlo` costs nothing and a wrong specification is answered
+before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlo import hypergradient as hypergradient
+    from mlo import optimizer as optimizer
+    from mlo._errors import GraphError as GraphError
+    from mlo._errors import MachineError as MachineError
+    from mlo._errors import MloError as MloError
+    from mlo._errors import NumericalError as NumericalError
+    from mlo._errors import SpecError as SpecError
+    from mlo._errors import UserError as UserError
+    from mlo._graph import Graph as Graph
+    from mlo._level import Level as Level
+    from mlo._state import Batches as Batches
+    from mlo._state import Metrics as Metrics
+    from mlo._state import Norms as Norms
+    from mlo._state import Parts as Parts
+    from mlo._state import State as State
+
+_HOMES = {
+    "hypergradient": "mlo.hypergradient",
+    "optimizer": "mlo.optimizer",
+    "GraphError": "mlo._errors",
+    "MachineError": "mlo._errors",
+    "MloError": "mlo._errors",
+    "NumericalError": "mlo._errors",
+    "SpecError": "mlo._errors",
+    "UserError": "mlo._errors",
+    "Graph": "mlo._graph",
+    "Level": "mlo._level",
+    "Batches": "mlo._state",
+    "Metrics": "mlo._state",
+    "Norms": "mlo._state",
+    "Parts": "mlo._state",
+    "State": "mlo._state",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlo' has no attribute '{name}'")
+    home = import_module(_HOMES[name])
+    return home if home.__name__ == f"mlo.{name}" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

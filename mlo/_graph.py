@@ -1,0 +1,195 @@
+"""A graph of levels: validated when it is made, then pure functions of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+from torch import nn
+
+from mlo import _engine, _random, _structure, _tree
+from mlo._errors import GraphError, Mistake, UserError, nearest
+from mlo._level import Level
+from mlo._module import Skeleton, numbers
+from mlo._state import Metrics, Parts, State
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from torch import Tensor
+
+    from mlo._types import Tree
+
+
+@final
+class Cost(NamedTuple):
+    """What a number of iterations costs: reverse passes of first and second order, and pullbacks."""
+
+    gradients: int
+    products: int
+    pullbacks: int
+
+
+@final
+class Graph:
+    """Levels that read each other, solved together.
+
+        graph = mlo.Graph([inner, outer])
+        state = graph.init(seed=0)
+        state, metrics = graph.step(state, batches)
+
+    The order in which levels are listed changes nothing. Raises `GraphError`, with every mistake, if the levels do not
+    form a graph: an unknown name, a cycle, a response that does not depend on the level above it, due times that do not
+    meet, a nested level.
+    """
+
+    def __init__(self, levels: Iterable[Level]) -> None:
+        declared = tuple(levels)
+        if found := _structure.mistakes(declared, running=False):
+            raise GraphError(found)
+        by_name = {level.name: level for level in declared}
+        self.order: tuple[str, ...] = _structure.run_order(declared)
+        self.levels: Mapping[str, Level] = {name: by_name[name] for name in self.order}
+        skeletons = {
+            name: Skeleton(level.variables)
+            for name, level in self.levels.items()
+            if isinstance(level.variables, nn.Module)
+        }
+        self._plan = _engine.Plan(self.levels, skeletons)
+
+    @property
+    def network(self) -> nx.DiGraph[str]:
+        """The arrows, from the level that is read to its reader, each with its `kind`: given, subject_to or against."""
+        return _structure.network(self.levels.values())
+
+    def init(self, *, values: Mapping[str, Any] | None = None, seed: int = 0) -> State:
+        """The state before the first iteration; tensors are cloned.
+
+        `values` starts some levels elsewhere: by name, what `Level.variables` may be, of the same names and shapes.
+        `seed` keys all noise drawn inside objectives. Raises `UserError` for variables that cannot be optimised.
+        """
+        elsewhere = dict(values or {})
+        for name in elsewhere:
+            if name not in self.levels:
+                raise UserError(f"values: no level named '{name}'.{nearest(name, self.levels)}")
+        variables: dict[str, Tree] = {}
+        buffers: dict[str, Mapping[str, Tensor]] = {}
+        for name, level in self.levels.items():
+            variables[name], own = _numbers_of(name, level.variables)
+            if isinstance(level.variables, nn.Module):
+                buffers[name] = own
+            if name in elsewhere:
+                replaced, own = _numbers_of(name, elsewhere[name])
+                _refuse_other_shape(name, variables[name], replaced)
+                variables[name] = replaced
+                if own:
+                    buffers[name] = own
+        optimizers = {
+            name: level.optimizer.init(variables[name]) for name, level in self.levels.items() if level.optimizer
+        }
+        return State(values=variables, buffers=buffers, optimizers=optimizers, seed=seed)
+
+    def step(self, state: State, batches: Mapping[str, Any] | None = None) -> tuple[State, Metrics]:
+        """One outer iteration: the state after it and what it showed. `state` and torch's global RNG stay as they are.
+
+        `batches` maps a level's name to its batch, used for each of its steps, or to `mlo.Batches`, one a step.
+        Raises `NumericalError` for a loss or a part of a hypergradient that is not finite; `GraphError` for a level that
+        turns out to be disconnected.
+        """
+        with _random.preserved():
+            return _engine.step(self._plan, state, self._checked(batches))
+
+    def hypergradient(self, name: str, state: State, batches: Mapping[str, Any] | None = None) -> Tree:
+        """The total derivative of the objective of `name` in its variables, shaped like them. Changes nothing.
+
+        The levels it is subject to take their steps from `state`, everything else stays where `state` has it, and each
+        response is pulled back by its level's method. With `steps=0` the state itself counts as the solution.
+        """
+        return self.parts(name, state, batches).total
+
+    def parts(self, name: str, state: State, batches: Mapping[str, Any] | None = None) -> Parts:
+        """`hypergradient` by parts: the direct gradient, and what arrives through each response."""
+        if name not in self.levels:
+            raise UserError(f"no level named '{name}'.{nearest(name, self.levels)}")
+        if self.levels[name].objective is None:
+            raise UserError(f"level '{name}' is a constant: it has no objective to differentiate")
+        with _random.preserved():
+            return _engine.parts(self._plan, name, state, self._checked(batches))
+
+    def cost(self, iterations: int) -> Cost:
+        """What the first `iterations` cost; exact for methods of fixed length."""
+        gradients = products = pullbacks = 0
+        for name, level in self.levels.items():
+            times = _structure.times_due(level, iterations)
+            below = [self.levels[lower] for lower in self._plan.differentiated(name)]
+            gradients += times * level.steps
+            retakes = (level.steps - 1 if below else 0) + (0 if not level.lookahead else 1)
+            for lower in below:
+                pullback = lower.hypergradient.cost(lower.steps)
+                gradients += times * (level.steps * pullback.gradients + retakes * lower.steps)
+                products += times * level.steps * pullback.products
+                pullbacks += times * level.steps
+        return Cost(gradients, products, pullbacks)
+
+    def module(self, name: str, state: State) -> nn.Module:
+        """A copy of level `name`'s module that holds the parameters and buffers of `state`."""
+        from copy import deepcopy
+
+        module = self.levels[name].variables
+        if not isinstance(module, nn.Module):
+            raise UserError(f"level '{name}' holds tensors and no module")
+        values = state.values[name]
+        assert isinstance(values, Mapping)
+        copy = deepcopy(module)
+        copy.load_state_dict({**copy.state_dict(), **values, **state.buffers[name]}, strict=False)
+        return copy
+
+    def values(self, state: State, names: Iterable[str] | None = None) -> Mapping[str, Any]:
+        """What an objective sees of the levels in `state`: for evaluating them outside the graph."""
+        from mlo._objective import view
+
+        return {
+            name: view(state.values[name], state.buffers.get(name), self._plan.skeletons.get(name))
+            for name in (self.order if names is None else names)
+        }
+
+    def _checked(self, batches: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        for name in batches or {}:
+            if name not in self.levels:
+                raise UserError(f"batches: no level named '{name}'.{nearest(name, self.levels)}")
+        return batches or {}
+
+
+def _numbers_of(name: str, variables: Any) -> tuple[Tree, dict[str, Tensor]]:
+    if isinstance(variables, nn.Module):
+        trained, buffers = numbers(variables)
+        return trained, buffers
+    tensors = dict(variables) if isinstance(variables, Mapping) else {"": variables}
+    for key, tensor in tensors.items():
+        where = f"variables['{key}']" if key else "variables"
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"level '{name}', {where}: expected a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise UserError(f"level '{name}', {where}: expected floating-point numbers to optimise, got {tensor.dtype}")
+    return _tree.apply(lambda tensor: tensor.detach().clone(), variables), {}
+
+
+def _refuse_other_shape(name: str, declared: Tree, given: Tree) -> None:
+    if isinstance(declared, Mapping) != isinstance(given, Mapping):
+        raise GraphError(
+            [Mistake(name, "variables", "started with a tensor in place of tensors by name, or the reverse")]
+        )
+    pairs = {key: tensor.shape for key, tensor in _named(given).items()}
+    for key, tensor in _named(declared).items():
+        if pairs.pop(key, None) != tensor.shape:
+            other = _named(given).get(key)
+            found = "nothing" if other is None else f"shape {tuple(other.shape)}"
+            raise GraphError(
+                [Mistake(name, "variables", f"'{key}' has shape {tuple(tensor.shape)}, started with {found}")]
+            )
+    if pairs:
+        raise GraphError([Mistake(name, "variables", f"started with unknown tensors: {', '.join(sorted(pairs))}")])
+
+
+def _named(tree: Tree) -> Mapping[str, Tensor]:
+    return tree if isinstance(tree, Mapping) else {"": tree}

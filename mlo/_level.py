@@ -1,0 +1,75 @@
+"""A level: one optimization problem inside another, as a frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
+
+from mlo._errors import UserError
+from mlo._structure import ARROWS
+from mlo.hypergradient import AbstractHypergradient, Unroll
+from mlo.optimizer import AbstractOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mlo._types import Objective
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One level of a graph: variables, the objective they minimise, what it reads, and how it is solved.
+
+    - `name`: how other levels list it.
+    - `objective`: `objective(values, batch)` giving a scalar loss, or a loss and a mapping of measurements. `values` holds
+      the level itself and what it lists; a level without an optimizer needs none.
+    - `variables`: a mapping of tensors, one tensor, or an `nn.Module`. Parameters with `requires_grad=False` count as
+      buffers. What is given here is cloned, never changed.
+    - `given`: levels the objective reads and holds fixed.
+    - `subject_to`: levels whose responses it differentiates through; it reads them too.
+    - `against`: the other players of a simultaneous game. Both read the values at the start of the iteration.
+    - `optimizer`: None makes the level a constant.
+    - `steps`: optimizer steps an iteration. With 0 the state counts as the solution.
+    - `every`, `warm_up`: the level is due at iteration t = warm_up + every, warm_up + 2·every, …, counted from 1.
+    - `lookahead`: on an upper level: once it has moved, the levels it is subject to step back and retake their steps.
+    - `hypergradient`: how cotangents on this level's response are pulled back.
+
+    Levels are compared by identity. Raises `UserError` where a field cannot mean anything.
+    """
+
+    name: str
+    variables: Mapping[str, Tensor] | Tensor | nn.Module = field(kw_only=True)
+    objective: Objective | None = field(default=None, kw_only=True)
+    given: tuple[str, ...] = field(default=(), kw_only=True)
+    subject_to: tuple[str, ...] = field(default=(), kw_only=True)
+    against: tuple[str, ...] = field(default=(), kw_only=True)
+    optimizer: AbstractOptimizer | None = field(default=None, kw_only=True)
+    steps: int = field(default=1, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    warm_up: int = field(default=0, kw_only=True)
+    lookahead: bool = field(default=False, kw_only=True)
+    hypergradient: AbstractHypergradient = field(default=Unroll(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        for arrow in ARROWS:
+            names: Any = getattr(self, arrow)
+            if isinstance(names, str):
+                raise UserError(
+                    f"level '{self.name}', {arrow}: expected a tuple of names, got '{names}'; write ('{names}',)"
+                )
+            object.__setattr__(self, arrow, tuple(names))
+        if self.optimizer is not None and not isinstance(self.optimizer, AbstractOptimizer):
+            raise UserError(f"level '{self.name}', optimizer: expected one of mlo.optimizer, got {self.optimizer!r}")
+        if not isinstance(self.hypergradient, AbstractHypergradient):
+            raise UserError(
+                f"level '{self.name}', hypergradient: expected one of mlo.hypergradient, got {self.hypergradient!r}"
+            )
+        if self.optimizer is not None and self.objective is None:
+            raise UserError(f"level '{self.name}' has an optimizer and no objective")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the level is a constant."""
+        return self.optimizer is None

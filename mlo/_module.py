@@ -1,0 +1,86 @@
+"""Run an `nn.Module` on parameters and buffers that are given as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from mlo._errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Skeleton:
+    """A module's code without its numbers: one copy in training mode and one in evaluation mode, on the meta device.
+
+    The caller's module is copied and never touched, not even its mode; a parameter that is not handed over cannot be
+    replaced by a stale one, since there is none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)}
+        named = list(module.named_parameters(remove_duplicate=False))
+        self._tied = len(named) != len(list(module.named_parameters()))
+
+    def __call__(
+        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
+    ) -> Any:
+        """The module's output at `tensors`, which holds its parameters and buffers by name; buffers may be overwritten."""
+        module = self._modes[training]
+        return torch.func.functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=self._tied)
+
+
+def numbers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Clones of a module's trained parameters, and of its buffers with the parameters that do not require a gradient."""
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        raise UserError(
+            f"a module wrapped in {type(module).__name__} would run with gradients that are not reduced: pass module.module"
+        )
+    parameters = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if tensor.requires_grad}
+    frozen = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not tensor.requires_grad}
+    buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+    return parameters, frozen | buffers
+
+
+@final
+class ModuleVariables(Mapping[str, "Tensor"]):
+    """What an objective sees of a level whose variables are a module: parameters by name, and a call.
+
+    `variables(x, training=True)` runs the module; further arguments are passed on. In training mode batch statistics are
+    used and the buffers it updates are recorded, for the engine to keep if this is a real step of the level; a second
+    call continues from the first one's.
+    """
+
+    def __init__(self, skeleton: Skeleton, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        self._skeleton = skeleton
+        self._parameters = parameters
+        self._buffers = buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers after the calls so far, with the frozen parameters."""
+        return self._buffers
+
+    def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
+        """The module's output."""
+        buffers = {name: tensor.clone() for name, tensor in self._buffers.items()}
+        output = self._skeleton({**self._parameters, **buffers}, args, kwargs, training=training)
+        if training:
+            self._buffers = buffers
+        return output

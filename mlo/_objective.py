@@ -1,0 +1,161 @@
+"""Evaluate a level's objective on explicit values, buffers and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+
+from mlo import _random, _tree
+from mlo._autodiff import linearise
+from mlo._errors import UserError, nearest
+from mlo._module import ModuleVariables, Skeleton
+from mlo._reduction import reduced
+from mlo._structure import reads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlo._level import Level
+    from mlo._types import Tree, Upstream
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a step drew: its batch, the seed of its noise, and the discrete choices made from values.
+
+    Every evaluation that belongs to the step uses the same record. `choices` is None until the step has been evaluated
+    for the first time.
+    """
+
+    batch: Any
+    seed: int
+    choices: Mapping[str, Any] | None = None
+
+    def with_choices(self, choices: Mapping[str, Any]) -> Record:
+        """This record, closed: the choices were made."""
+        return replace(self, choices=choices)
+
+
+class Aftermath(NamedTuple):
+    """What an evaluation leaves besides the loss: measurements, the level's own new buffers, the choices it made."""
+
+    measured: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    choices: dict[str, Any]
+
+
+@final
+class UnlistedLevelError(UserError, KeyError):
+    """An objective read a level that its own level does not list."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@final
+class Values(Mapping[str, Any]):
+    """The levels an objective may read: `values[name]` is a tensor, tensors by name, or a module that can be called."""
+
+    def __init__(self, reader: str, views: Mapping[str, Any], choices: Mapping[str, Any] | None) -> None:
+        self._reader = reader
+        self._views = views
+        self._recorded = choices
+        self.choices: dict[str, Any] = dict(choices or {})
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._views[name]
+        except KeyError:
+            listed = ", ".join(self._views)
+            raise UnlistedLevelError(
+                f"the objective of level '{self._reader}' reads '{name}', which the level does not list; add '{name}' to "
+                f"its `given` (held fixed) or `subject_to` (differentiated through).{nearest(name, self._views)}\n"
+                f"  Listed: {listed}."
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def once(self, name: str, choose: Callable[[], Any]) -> Any:
+        """A discrete choice made from values: `choose()` the first time a step is evaluated, the same ever after.
+
+        A class drawn with probability p must not change when p is perturbed for a derivative. `choose` gives a tensor,
+        or tensors in tuples or mappings, which are detached; `name` tells the choices of one objective apart.
+        """
+        if name not in self.choices:
+            if self._recorded is not None:
+                raise UserError(
+                    f"the objective of level '{self._reader}' made the choice '{name}' in a re-evaluation only"
+                )
+            with torch.no_grad():
+                self.choices[name] = choose()
+        return self.choices[name]
+
+
+def evaluate(
+    level: Level,
+    skeletons: Mapping[str, Skeleton],
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+) -> tuple[Tensor, Aftermath]:
+    """The loss of `level`, a zero-dimensional tensor, and what the evaluation leaves. Pure but for torch's global RNG.
+
+    Raises `UserError` for a loss that is not one finite-precision number.
+    """
+    views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in reads(level)}
+    visible = Values(level.name, views, record.choices)
+    _random.reseed(record.seed)
+    assert level.objective is not None
+    answer = level.objective(visible, record.batch)
+    loss, measured = answer if isinstance(answer, tuple) else (answer, {})
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        shown = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise UserError(f"the objective of level '{level.name}' must give a scalar loss, got {shown}")
+    own = views[level.name]
+    updated = dict(own.buffers) if isinstance(own, ModuleVariables) else {}
+    kept = {name: tensor.detach() for name, tensor in updated.items()}
+    seen = {name: torch.as_tensor(value).detach() for name, value in measured.items()}
+    return loss, Aftermath(seen, kept, visible.choices)
+
+
+def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton | None) -> Any:
+    """What an objective sees of one level."""
+    if skeleton is None:
+        return value
+    assert isinstance(value, Mapping)
+    return ModuleVariables(skeleton, value, buffers or {})
+
+
+def partials(
+    level: Level,
+    skeletons: Mapping[str, Skeleton],
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+    towards: tuple[str, ...],
+) -> tuple[Upstream, Tensor, Aftermath]:
+    """∂f/∂(variables of each level in `towards`), reduced over processes, the loss, and what the evaluation leaves.
+
+    A level that the objective does not depend on is absent. One first-order reverse pass.
+    """
+
+    def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
+        return evaluate(level, skeletons, {**values, **moving}, buffers, record)
+
+    loss, aftermath, pull = linearise(objective, {name: values[name] for name in towards})
+    assert isinstance(loss, torch.Tensor)
+    found = pull(torch.ones_like(loss), towards)
+    summed = iter(reduced([tensor for tree in found.values() for tensor in _tree.leaves(tree)]))
+    return (
+        {name: _tree.rebuild(tree, [next(summed) for _ in _tree.leaves(tree)]) for name, tree in found.items()},
+        loss,
+        aftermath,
+    )

@@ -1,0 +1,40 @@
+"""The one place where gradients and products of several processes become one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as distributed
+
+from mlo._errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of `tensors` over the processes of the default group; without a group, `tensors` themselves.
+
+    Exact for objectives that are means over samples, where every process holds equally many. One all-reduce.
+    """
+    if not _several():
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def refuse_recording(level: str) -> None:
+    """Raise if steps of `level` would have to be recorded through an all-reduce, which would not be differentiated."""
+    if _several():
+        reason = "its steps would be recorded through a reduction over processes, which is not differentiated"
+        raise UserError(f"level '{level}' cannot be unrolled under several processes: {reason}")
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -1,0 +1,134 @@
+"""What goes into an iteration and what comes out of it, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
+
+from mlo import _tree
+from mlo._errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlo._types import Tree
+    from mlo.optimizer import OptimizerState
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class State:
+    """Everything that changes from one iteration to the next, by the name of the level.
+
+    - `values`: the variables, and nothing else.
+    - `buffers`: for levels that hold a module, its buffers and its frozen parameters.
+    - `optimizers`: what each optimizer remembers; levels without one are absent.
+    - `iteration`: how many iterations are finished.
+    - `seed`: what all noise inside objectives is keyed by.
+    """
+
+    values: Mapping[str, Tree]
+    buffers: Mapping[str, Mapping[str, Tensor]]
+    optimizers: Mapping[str, OptimizerState]
+    iteration: int = 0
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """One batch for each step of a level: `mlo.Batches([first, second])`."""
+
+    batches: Sequence[Any]
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batches[step]
+
+
+def batch_of(batches: Mapping[str, Any], level: str, step: int) -> Any:
+    """The batch of `level` at its `step`, counted from 0; None for a level that was given none.
+
+    Raises `UserError` if its `Batches` are too few.
+    """
+    given = batches.get(level)
+    if not isinstance(given, Batches):
+        return given
+    if step >= len(given.batches):
+        raise UserError(f"level '{level}' needs a batch for step {step + 1} and was given {len(given.batches)}")
+    return given[step]
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parts:
+    """A hypergradient by the way it takes; each part is shaped like the variables of the upper level.
+
+    - `direct`: the partial gradient of the objective in the upper level's own variables.
+    - `through`: what arrives over the response of each level as the last arrow, (∂w*/∂u)ᵀ λ with the whole cotangent λ on
+      that response.
+    """
+
+    direct: Tree
+    through: Mapping[str, Tree]
+
+    @property
+    def indirect(self) -> Tree:
+        """The sum of all parts but the direct one."""
+        return _tree.total(self.through.values()) if self.through else _tree.zeros(self.direct)
+
+    @property
+    def total(self) -> Tree:
+        """The hypergradient."""
+        return _tree.total([self.direct, *self.through.values()])
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Norms:
+    """Euclidean norms of the `Parts` of a hypergradient, zero-dimensional tensors."""
+
+    total: Tensor
+    direct: Tensor
+    indirect: Tensor
+    through: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Norms:
+        """The norms of `parts`."""
+        through = {name: _tree.norm(part) for name, part in parts.through.items()}
+        return cls(
+            total=_tree.norm(parts.total),
+            direct=_tree.norm(parts.direct),
+            indirect=_tree.norm(parts.indirect),
+            through=through,
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Metrics:
+    """What one iteration showed.
+
+    - `losses`: each level's objective at its last step, before that step; levels that did not move are absent.
+    - `norms`: the hypergradient's, for every upper level that moved, at its last step.
+    - `measured`: what objectives measured beside their loss, the mean over the level's steps.
+    - `pullbacks`: pairs (upper, level), in the order they were made.
+    - `gradients`, `products`: reverse passes of first and of second order.
+    """
+
+    losses: Mapping[str, Tensor]
+    norms: Mapping[str, Norms]
+    measured: Mapping[str, Mapping[str, Tensor]]
+    pullbacks: tuple[tuple[str, str], ...]
+    gradients: int
+    products: int
+
+
+@dataclass
+class Tally:
+    """Counts what an iteration costs while it runs."""
+
+    gradients: int = 0
+    products: int = 0
+    pullbacks: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])

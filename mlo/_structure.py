@@ -1,0 +1,246 @@
+"""What levels declare about each other, judged before anything runs: run order, due times, what is held fixed.
+
+Everything here works on names and whole numbers, without torch, so that a wrong graph is answered in under a second. It
+serves `mlo.Level` and the levels of a specification alike: both are `Declared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from math import gcd
+from typing import TYPE_CHECKING, Protocol
+
+from mlo._errors import Mistake, nearest
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+class Declared(Protocol):
+    """The arrows and the timing of a level."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def given(self) -> tuple[str, ...]: ...
+    @property
+    def subject_to(self) -> tuple[str, ...]: ...
+    @property
+    def against(self) -> tuple[str, ...]: ...
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def warm_up(self) -> int: ...
+    @property
+    def lookahead(self) -> bool: ...
+
+
+ARROWS = ("given", "subject_to", "against")
+
+
+def reads(level: Declared) -> tuple[str, ...]:
+    """All levels that the objective of `level` may read, itself first."""
+    return (level.name, *level.given, *level.subject_to, *level.against)
+
+
+def is_due(level: Declared, iteration: int) -> bool:
+    """Whether `level` moves at `iteration` (counted from 1): after its warm-up, at every multiple of `every`."""
+    elapsed = iteration - level.warm_up
+    return not level.frozen and elapsed > 0 and elapsed % level.every == 0
+
+
+def times_due(level: Declared, iterations: int) -> int:
+    """How many of the first `iterations` find `level` due."""
+    return 0 if level.frozen else max(0, iterations - level.warm_up) // level.every
+
+
+def network(levels: Iterable[Declared]) -> nx.DiGraph[str]:
+    """The graph of reads: an edge from the level that is read to its reader, with the arrow's `kind`."""
+    import networkx as nx
+
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for level in levels:
+        graph.add_node(level.name, frozen=level.frozen)
+        for kind in ARROWS:
+            graph.add_edges_from(((name, level.name) for name in getattr(level, kind)), kind=kind)
+    return graph
+
+
+def run_order(levels: Iterable[Declared]) -> tuple[str, ...]:
+    """Level names in the order they run; ties are broken by name, so the order of declaration changes nothing.
+
+    A level runs after every level it is subject to and after every level it is given that is not itself subject to it.
+    Raises `networkx.NetworkXUnfeasible` on a cycle, which `mistakes` reports with its path.
+    """
+    import networkx as nx
+
+    return tuple(nx.lexicographical_topological_sort(_precedence(levels)))
+
+
+def mistakes(levels: Sequence[Declared], *, running: bool = True) -> list[Mistake]:
+    """Everything that keeps `levels` from being a graph; with `running`, also what only forbids taking steps."""
+    known = {level.name: level for level in levels}
+    found = [Mistake(name, "name", "declared twice") for name in sorted(_repeated(level.name for level in levels))]
+    for level in levels:
+        found += _arrow_mistakes(level, known)
+        found += _time_mistakes(level, running=running)
+    if found:
+        return found  # the checks below follow arrows and need them to lead somewhere
+    found += _cycle_mistakes(levels)
+    for level in levels:
+        found += _response_mistakes(level, known)
+        found += _due_mistakes(level, known)
+    return found + _lookahead_mistakes(levels)
+
+
+def differentiated(upper: Declared, known: Mapping[str, Declared]) -> tuple[str, ...]:
+    """The levels whose responses `upper` differentiates through: those it is subject to, frozen ones left out."""
+    return tuple(name for name in upper.subject_to if not known[name].frozen)
+
+
+def held_fixed(upper: Declared, known: Mapping[str, Declared]) -> tuple[tuple[str, ...], ...]:
+    """Paths from `upper` back to itself along which it has influence that its hypergradient leaves out.
+
+    Each path starts at `upper`, passes through a level that is not differentiated (or along an `against` arrow), and
+    ends at the first level that is: `("meta", "discriminator", "generator")`. Only the shortest path to each such last
+    arrow is given.
+    """
+    import networkx as nx
+
+    live = {upper.name, *differentiated(upper, known)}
+    reached = nx.single_source_shortest_path(_influence(known, upper.name), upper.name)
+    paths: set[tuple[str, ...]] = set()
+    for reader in live:
+        level = known[reader]
+        for read in (*level.given, *level.against):
+            fixed = read not in live or (read in level.against and read != upper.name)
+            if fixed and not known[read].frozen and read in reached:
+                paths.add((*reached[read], reader))
+    return tuple(sorted(paths))
+
+
+def _influence(known: Mapping[str, Declared], source: str) -> nx.DiGraph[str]:
+    """The reads of all levels that move, without the arrows back into `source`."""
+    graph = network(known.values())
+    graph.remove_nodes_from([name for name, level in known.items() if level.frozen and name != source])
+    graph.remove_edges_from(list(graph.in_edges(source)))
+    return graph
+
+
+def _precedence(levels: Iterable[Declared]) -> nx.DiGraph[str]:
+    import networkx as nx
+
+    levels = list(levels)
+    above = {level.name: set(level.subject_to) for level in levels}
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(level.name for level in levels)
+    for level in levels:
+        graph.add_edges_from((name, level.name) for name in level.subject_to)
+        graph.add_edges_from((name, level.name) for name in level.given if level.name not in above[name])
+    return graph
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    return {name for name in names if name in seen or seen.add(name)}
+
+
+def _arrow_mistakes(level: Declared, known: Mapping[str, Declared]) -> list[Mistake]:
+    found: list[Mistake] = []
+    for kind in ARROWS:
+        names: tuple[str, ...] = getattr(level, kind)
+        for name in names:
+            if name == level.name:
+                found.append(Mistake(level.name, kind, "a level reads itself without listing itself"))
+            elif name not in known:
+                listed = ", ".join(sorted(known))
+                found.append(
+                    Mistake(level.name, kind, f"no level named '{name}'.{nearest(name, known)}\n  Known: {listed}.")
+                )
+            elif kind == "against" and not known[name].frozen and level.name not in known[name].against:
+                found.append(Mistake(level.name, kind, f"'{name}' does not list '{level.name}' in its own `against`"))
+    for name in sorted(_repeated(reads(level)[1:])):
+        found.append(Mistake(level.name, "given", f"'{name}' is listed twice; one arrow says how it is read"))
+    if level.frozen and level.subject_to:
+        found.append(Mistake(level.name, "subject_to", "a level without an optimizer has nothing to differentiate for"))
+    return found
+
+
+def _time_mistakes(level: Declared, *, running: bool) -> list[Mistake]:
+    found: list[Mistake] = []
+    for key, least in (("steps", 1 if running and not level.frozen else 0), ("every", 1), ("warm_up", 0)):
+        value = getattr(level, key)
+        if value < least:
+            found.append(Mistake(level.name, key, f"expected a whole number of at least {least}, got {value}"))
+    if level.lookahead and not level.subject_to:
+        found.append(Mistake(level.name, "lookahead", "only a level that is subject to others can look ahead"))
+    return found
+
+
+def _cycle_mistakes(levels: Sequence[Declared]) -> list[Mistake]:
+    import networkx as nx
+
+    precedence = _precedence(levels)
+    if nx.is_directed_acyclic_graph(precedence):
+        return []
+    start = min(min(part) for part in nx.strongly_connected_components(precedence) if len(part) > 1)
+    names = [edge[0] for edge in nx.find_cycle(precedence, source=start)]
+    path = " → ".join([*names, names[0]])
+    advice = "one of these must be `subject_to` another, or both play `against` each other"
+    return [Mistake(names[0], "given", f"levels read each other in a cycle: {path}; {advice}")]
+
+
+def _response_mistakes(upper: Declared, known: Mapping[str, Declared]) -> list[Mistake]:
+    found: list[Mistake] = []
+    listed = differentiated(upper, known)
+    for name in listed:
+        lower = known[name]
+        if differentiated(lower, known):
+            inner = ", ".join(differentiated(lower, known))
+            reason = (
+                f"'{name}' is itself subject to {inner}: the response of a nested level follows its total gradient, "
+                "which is not differentiated yet; it would be wrong to leave that out without a word"
+            )
+            found.append(Mistake(upper.name, "subject_to", reason))
+        elif not _reaches(upper.name, name, known, set(listed)):
+            reason = f"the response of '{name}' does not depend on '{upper.name}', directly or through a listed level"
+            found.append(Mistake(upper.name, "subject_to", f"{reason}; list the missing arrow under `given`"))
+    return found
+
+
+def _reaches(upper: str, lower: str, known: Mapping[str, Declared], listed: set[str]) -> bool:
+    """Whether `lower` is given `upper`, or a listed level whose response is."""
+    seen, waiting = {lower}, [lower]
+    while waiting:
+        given = known[waiting.pop()].given
+        if upper in given:
+            return True
+        waiting += [name for name in given if name in listed and name not in seen]
+        seen.update(given)
+    return False
+
+
+def _due_mistakes(upper: Declared, known: Mapping[str, Declared]) -> list[Mistake]:
+    found: list[Mistake] = []
+    for name in () if upper.frozen else differentiated(upper, known):
+        lower = known[name]
+        times = (upper.warm_up + upper.every * count for count in range(1, lower.every + 1))
+        first = next((time for time in times if not is_due(lower, time)), None)
+        if first is not None:
+            reason = f"'{upper.name}' is due at iteration {first} and '{name}', which it is subject to, is not"
+            found.append(Mistake(upper.name, "every", reason))
+    return found
+
+
+def _lookahead_mistakes(levels: Sequence[Declared]) -> list[Mistake]:
+    uppers = [level for level in levels if level.subject_to and not level.frozen]
+    return [
+        Mistake(one.name, "lookahead", f"'{one.name}' and '{two.name}' are due together and must agree on it")
+        for one, two in combinations(uppers, 2)
+        if one.lookahead != two.lookahead and (one.warm_up - two.warm_up) % gcd(one.every, two.every) == 0
+    ]

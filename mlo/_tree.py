@@ -1,0 +1,94 @@
+"""Arithmetic on trees: one tensor, or tensors by name. Written by hand: a generic tree library costs 8 % of a small step.
+
+Trees combined with each other must have the same names; the result has the first one's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlo._types import Tree
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of `tree`, in its order."""
+    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
+
+
+def rebuild(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """A tree shaped like `tree` that holds `tensors`, given in the order of `leaves(tree)`."""
+    if isinstance(tree, Mapping):
+        return dict(zip(tree, tensors, strict=True))
+    (tensor,) = tensors
+    return tensor
+
+
+def apply(function: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """`function` of the corresponding tensors of `trees`."""
+    first, *others = trees
+    if not isinstance(first, Mapping):
+        return function(*trees)
+    return {name: function(tensor, *(_at(other, name) for other in others)) for name, tensor in first.items()}
+
+
+def _at(tree: Tree, name: str) -> Tensor:
+    if not isinstance(tree, Mapping):
+        raise TypeError("a tree of tensors by name cannot be combined with a single tensor")
+    return tree[name]
+
+
+def add(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
+    """tree + scale · other; `scale` is a number or a zero-dimensional tensor."""
+    if isinstance(scale, (int, float)):
+        return apply(lambda one, two: one.add(two, alpha=scale), tree, other)
+    return apply(lambda one, two: one + scale * two, tree, other)
+
+
+def subtract(tree: Tree, other: Tree) -> Tree:
+    """tree − other."""
+    return apply(lambda one, two: one - two, tree, other)
+
+
+def scale(tree: Tree, *, by: float | Tensor) -> Tree:
+    """by · tree."""
+    return apply(lambda tensor: tensor * by, tree)
+
+
+def zeros(tree: Tree) -> Tree:
+    """Zeros shaped like `tree`."""
+    return apply(lambda tensor: tensor.new_zeros(tensor.shape), tree)
+
+
+def detach(tree: Tree) -> Tree:
+    """`tree` without its history."""
+    return apply(lambda tensor: tensor.detach(), tree)
+
+
+def inner(tree: Tree, other: Tree) -> Tensor:
+    """Σ treeᵢ · otherᵢ, a zero-dimensional tensor."""
+    products = [(one * two).sum() for one, two in zip(leaves(tree), leaves(other), strict=True)]
+    return _sum(products)
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all entries, a zero-dimensional tensor."""
+    return _sum([tensor.square().sum() for tensor in leaves(tree)]).sqrt()
+
+
+def total(trees: Iterable[Tree]) -> Tree:
+    """The sum of at least one tree."""
+    first, *others = trees
+    for other in others:
+        first = add(first, other)
+    return first
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result

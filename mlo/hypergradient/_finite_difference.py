@@ -1,0 +1,58 @@
+"""Differentiate the last optimizer step by central differences of first-order gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from mlo import _tree
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost
+
+if TYPE_CHECKING:
+    from mlo._types import Tree, Upstream
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FiniteDifference(AbstractHypergradient):
+    r"""The pullback of the last step w' = update(g(w, u), …), with no second derivative (Liu et al. 2019, Eq. 8).
+
+    A cotangent λ on w' is pulled through the optimizer's own update, q = (∂w'/∂g)ᵀ λ (−η λ for SGD), and the cross
+    product follows from two gradients in u alone, where the step started and not where it ended:
+
+        ū = (∂²f/∂w∂u)ᵀ q ≈ (∇ᵤf(w + εq, u) − ∇ᵤf(w − εq, u)) / 2ε,    ε = radius/‖q‖
+
+    Earlier steps are held fixed: this is one step of `Unroll`, up to O(radius²) where f is smooth. On ReLU networks
+    expect a relative error of about 2e-3 at radius 0.01; in float32 a radius below 1e-3 drowns in rounding. q = 0 gives
+    ū = 0. Costs two first-order gradients; memory does not grow.
+
+    - `radius`: ε‖q‖, how far the variables are moved, in units of the variables.
+
+    Raises ValueError if `radius` is not positive.
+    """
+
+    radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise ValueError(f"radius must be positive, got {self.radius}")
+
+    def recorded(self, steps: int) -> int:
+        """None: only the start of the last step is kept."""
+        return 0
+
+    def cost(self, steps: int) -> Cost:
+        """Two gradients, however many steps."""
+        return Cost(gradients=2 if steps else 0, products=0)
+
+    def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
+        """See the class. With no steps the response depends on nothing."""
+        if not response.steps:
+            return {}
+        step = response.last()
+        direction = step.pull_update(cotangent)
+        length = _tree.norm(direction)
+        epsilon = self.radius / (length + (length == 0))  # any ε will do where q = 0: both sides are then the same
+        above = step.gradient_of_reads(_tree.add(step.start, direction, scale=epsilon))
+        below = step.gradient_of_reads(_tree.add(step.start, direction, scale=-epsilon))
+        return {name: _tree.scale(_tree.subtract(above[name], below[name]), by=0.5 / epsilon) for name in above}
