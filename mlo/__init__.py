@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlo import hypergradient as hypergradient
     from mlo import optimizer as optimizer
+    from mlo import stream as stream
     from mlo._errors import GraphError as GraphError
     from mlo._errors import MachineError as MachineError
     from mlo._errors import MloError as MloError
@@ -20,15 +21,30 @@ if TYPE_CHECKING:
     from mlo._errors import UserError as UserError
     from mlo._graph import Graph as Graph
     from mlo._level import Level as Level
+    from mlo._module import ModuleVariables as ModuleVariables
+    from mlo._objective import Values as Values
+    from mlo._problem import Context as Context
+    from mlo._problem import Evaluate as Evaluate
+    from mlo._problem import Evaluation as Evaluation
+    from mlo._problem import Problem as Problem
+    from mlo._problem import Settings as Settings
+    from mlo._problem import Split as Split
+    from mlo._problem import Table as Table
+    from mlo._run import Run as Run
+    from mlo._run import open_run as open_run
+    from mlo._run import run as run
     from mlo._state import Batches as Batches
     from mlo._state import Metrics as Metrics
     from mlo._state import Norms as Norms
     from mlo._state import Parts as Parts
     from mlo._state import State as State
+    from mlo.spec import Spec as Spec
+    from mlo.spec import load as load
 
 _HOMES = {
     "hypergradient": "mlo.hypergradient",
     "optimizer": "mlo.optimizer",
+    "stream": "mlo.stream",
     "GraphError": "mlo._errors",
     "MachineError": "mlo._errors",
     "MloError": "mlo._errors",
@@ -37,6 +53,20 @@ _HOMES = {
     "UserError": "mlo._errors",
     "Graph": "mlo._graph",
     "Level": "mlo._level",
+    "ModuleVariables": "mlo._module",
+    "Values": "mlo._objective",
+    "Context": "mlo._problem",
+    "Evaluate": "mlo._problem",
+    "Evaluation": "mlo._problem",
+    "Problem": "mlo._problem",
+    "Settings": "mlo._problem",
+    "Split": "mlo._problem",
+    "Table": "mlo._problem",
+    "Run": "mlo._run",
+    "open_run": "mlo._run",
+    "run": "mlo._run",
+    "Spec": "mlo.spec",
+    "load": "mlo.spec",
     "Batches": "mlo._state",
     "Metrics": "mlo._state",
     "Norms": "mlo._state",

@@ -101,10 +101,8 @@ class Iteration:
         for name in reversed(list(responses)):
             response = responses[name]
             if name not in cotangents:
-                reason = f"'{name}' is read neither by this objective nor by another level it is subject to"
-                raise GraphError(
-                    [Mistake(upper, "subject_to", f"{reason}; the indirect gradient would be a silent zero")]
-                )
+                reason = f"'{name}' is read neither by the objective nor by another level that is listed"
+                raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
             self.tally.pullbacks.append((upper, name))
             upstream = response.level.hypergradient.pullback(response, cotangents[name])
             for read, cotangent in upstream.items():

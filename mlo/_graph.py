@@ -116,6 +116,24 @@ class Graph:
         with _random.preserved():
             return _engine.parts(self._plan, name, state, self._checked(batches))
 
+    def probe(self, state: State, batches: Mapping[str, Any] | None = None) -> None:
+        """Take every derivative once, due or not, and keep nothing: what is disconnected is found before the first step.
+
+        Raises `GraphError` with every level that is listed and not read, or whose response does not reach back.
+        """
+        mistakes: list[Mistake] = []
+        with _random.preserved():
+            for name, level in self.levels.items():
+                try:
+                    if self._plan.differentiated(name):
+                        _engine.parts(self._plan, name, state, self._checked(batches))
+                    elif not level.frozen:
+                        _engine.Iteration.of(self._plan, state, self._checked(batches)).respond(name)
+                except GraphError as error:
+                    mistakes += error.mistakes
+        if mistakes:
+            raise GraphError(mistakes)
+
     def cost(self, iterations: int) -> Cost:
         """What the first `iterations` cost; exact for methods of fixed length."""
         gradients = products = pullbacks = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from mlo import _tree
 from mlo._autodiff import linearise, recorded_gradient
-from mlo._errors import UserError
+from mlo._errors import GraphError, Mistake
 from mlo._objective import Aftermath, Record, evaluate, partials
 from mlo._reduction import refuse_recording
 from mlo.hypergradient import AbstractResponse, AbstractStep
@@ -183,5 +183,5 @@ def _record(
 
 def _connected(level: Level, gradient: Tree | None) -> Tree:
     if gradient is None:
-        raise UserError(f"the objective of level '{level.name}' does not depend on the level's own variables")
+        raise GraphError([Mistake(level.name, "objective", "it does not depend on the level's own variables")])
     return gradient

@@ -1,0 +1,83 @@
+"""What a run shows while it goes: one line that is drawn over, or plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
+
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlo._state import Metrics
+
+_LINES = 20
+"""How many plain lines a whole run prints at least; more when iterations are slow."""
+_PATIENCE = 30.0
+"""Seconds after which a plain line is due in any case."""
+
+
+@final
+class Progress:
+    """Each level's loss, every hypergradient's norm, speed and time left."""
+
+    def __init__(self, console: Console, name: str, iterations: int, *, done: int = 0) -> None:
+        self._console = console
+        self._name = name
+        self._iterations = iterations
+        self._done = done
+        self._shown_at = self._began = time.monotonic()
+        self._losses: dict[str, float] = {}
+        self._norms: dict[str, float] = {}
+        self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        if self._live:
+            self._live.start()
+
+    def update(self, iteration: int, metrics: Metrics) -> None:
+        """Show iteration `iteration`; a level that did not move keeps its last numbers."""
+        now = time.monotonic()
+        wait = 0.1 if self._live else _PATIENCE
+        plain_due = not self._live and iteration * _LINES // self._iterations > (iteration - 1) * _LINES // self._iterations
+        if metrics.norms:
+            self._norms |= {name: norms.total.item() for name, norms in metrics.norms.items()}
+        if not plain_due and now - self._shown_at < wait:
+            return
+        self._shown_at = now
+        self._losses |= {name: loss.item() for name, loss in metrics.losses.items()}
+        line = self.line(iteration, now)
+        if self._live:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+        else:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def line(self, iteration: int, now: float) -> str:
+        """One line of text."""
+        speed = (iteration - self._done) / max(now - self._began, 1e-9)
+        left = (self._iterations - iteration) / speed
+        losses = "  ".join(f"{name} {loss:.3g}" for name, loss in self._losses.items())
+        norms = "  ".join(f"‖d {name}‖ {norm:.2g}" for name, norm in self._norms.items())
+        parts = [f"{self._name} {iteration}/{self._iterations}", losses, norms, f"{speed:.1f}/s", f"{_clock(left)} left"]
+        return "  ".join(part for part in parts if part)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._live.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def in_one_line(metrics: Mapping[str, float]) -> str:
+    """Metrics in one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,0 +1,122 @@
+"""The end of a run: `summary.json`, and the same on the screen."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+from rich.table import Table as Shown
+
+import mlo
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlo._graph import Cost
+    from mlo._problem import Table
+    from mlo.spec._build import Assembly
+
+
+def summarise(
+    assembly: Assembly,
+    *,
+    selected: int,
+    metrics: Mapping[str, float],
+    counts: Cost,
+    norms: Mapping[str, Any],
+    tables: tuple[Table, ...],
+    starts: Mapping[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything worth keeping about a finished run, as JSON holds it."""
+    spec = assembly.spec
+    return {
+        "name": spec.name,
+        "seed": spec.seed,
+        "iterations": assembly.iterations,
+        "selected": selected,
+        "metrics": dict(metrics),
+        "norms": norms,
+        "counts": counts._asdict(),
+        "predicted_counts": assembly.graph.cost(assembly.iterations)._asdict(),
+        "tables": [
+            {"title": table.title, "columns": table.columns, "rows": [list(row) for row in table.rows]} for table in tables
+        ],
+        "starts": dict(starts),
+        "spec_hash": spec.hash,
+        "versions": {name: _version(name) for name in ("mlo", "torch", "numpy")} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "seconds": round(seconds, 3),
+    }
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
+    """The tables, the metrics of the selected state, the norms and the counts."""
+    for table in summary["tables"]:
+        shown = Shown(title=table["title"], box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for number, column in enumerate(table["columns"]):
+            shown.add_column(column, justify="left" if number == 0 else "right")
+        for row in table["rows"]:
+            shown.add_row(*(_cell(value) for value in row))
+        console.print(shown)
+    if summary["metrics"]:
+        shown = Shown(
+            title=f"Selected: iteration {summary['selected']} of {summary['iterations']}",
+            box=rich.box.SIMPLE_HEAD,
+            title_justify="left",
+            title_style="bold",
+        )
+        shown.add_column("metric")
+        splits = sorted({name.split(".")[0] for name in summary["metrics"]}, reverse=True)
+        for split in splits:
+            shown.add_column(split, justify="right")
+        for name in dict.fromkeys(name.split(".", 1)[1] for name in summary["metrics"]):
+            shown.add_row(name, *(_cell(summary["metrics"].get(f"{split}.{name}")) for split in splits))
+        console.print(shown)
+    for upper, norms in summary["norms"].items():
+        through = "  ".join(f"through {lower} {norm:.3g}" for lower, norm in norms["through"].items())
+        line = f"‖d {upper}‖, mean of {norms['updates']} updates: direct {norms['direct']:.3g}  {through}"
+        console.print(line.rstrip(), highlight=False, soft_wrap=True)
+    counts = summary["counts"]
+    agree = "as predicted" if counts == summary["predicted_counts"] else f"predicted {summary['predicted_counts']}"
+    console.print(
+        f"{counts['gradients']:,} gradients, {counts['products']:,} products, {counts['pullbacks']:,} pullbacks "
+        f"({agree}) in {summary['seconds']:.1f} s",
+        highlight=False,
+    )
+    console.print(f"{folder}", highlight=False, soft_wrap=True)
+
+
+def _cell(value: str | float | None) -> str:
+    match value:
+        case None:
+            return "–"
+        case float():
+            return f"{value:.4g}"
+        case _:
+            return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that `mlo` runs from; None for an installed package."""
+    root = Path(mlo.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None

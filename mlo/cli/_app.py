@@ -1,0 +1,143 @@
+"""The commands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mlo._errors import MachineError, MloError
+
+INTERRUPTED = 130
+OUR_BUG = 1
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+
+app = typer.Typer(
+    name="mlo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Multi-level optimization declared as a graph of levels in YAML.",
+    epilog="Exit codes: 0 done, 1 a bug of ours, 2 the specification or the command is wrong, 3 the numbers went wrong, "
+    "4 the machine failed, 130 interrupted with a checkpoint saved.",
+)
+
+GraphArgument = Annotated[
+    str, typer.Argument(metavar="GRAPH", help="A YAML file, or the name of a shipped graph such as needs_aware.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the graph: seed=1 levels.meta.every=4."),
+]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", metavar="MODULE", help="A module of your own that is a problem.")
+]
+Seed = Annotated[int | None, typer.Option(help="The same as seed=N.")]
+Device = Annotated[str | None, typer.Option(help="The same as device=D.")]
+
+
+@app.callback()
+def _mlo() -> None:  # pyright: ignore[reportUnusedFunction]
+    """Multi-level optimization declared as a graph of levels in YAML."""
+
+
+@app.command()
+def run(
+    graph: GraphArgument,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/<name>-<seed>-<time>]")] = None,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and take no step.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    imports: Imports = None,
+) -> None:
+    """Run a graph of levels and keep what comes of it in a run folder."""
+    from mlo.spec import load
+
+    spec = load(graph, *_with_options(overrides, seed, device), imports=imports or ())
+    console = Console(quiet=quiet)
+    if dry_run:
+        from mlo.cli._describe import describe
+        from mlo.spec._build import assemble
+
+        console.print(spec.to_yaml().rstrip(), highlight=False, markup=False, soft_wrap=True)
+        console.print()
+        describe(assemble(spec), console)
+        return
+    from mlo import _run
+
+    _run.run(spec, out, console=console)
+
+
+@app.command()
+def check(
+    graph: GraphArgument, overrides: Overrides = None, seed: Seed = None, device: Device = None, imports: Imports = None
+) -> None:
+    """Check a graph without running it: its order, what is differentiated, what is held fixed, what it costs."""
+    from mlo.spec import load
+
+    spec = load(graph, *_with_options(overrides, seed, device), imports=imports or ())
+    from mlo.cli._describe import describe, probe
+    from mlo.spec._build import assemble
+
+    assembly = assemble(spec)
+    probe(assembly)
+    describe(assembly, Console())
+
+
+def _with_options(overrides: list[str] | None, seed: int | None, device: str | None) -> list[str]:
+    """All changes to the graph, in the order in which they apply."""
+    found = list(overrides or ())
+    found += [] if seed is None else [f"seed={seed}"]
+    return found + ([] if device is None else [f"device={device}"])
+
+
+def main() -> None:
+    """Run the command line and exit with the code that says what happened."""
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        app(standalone_mode=False)
+    except Exception as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        _say("interrupted; the last finished iteration is in the checkpoint")
+        return INTERRUPTED
+    return 0
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in the fewest words that help; the exit code for it."""
+    shown: Any = error
+    if hasattr(shown, "exit_code") and hasattr(shown, "show"):  # an error in the command itself, in typer's own words
+        shown.show()
+        return int(shown.exit_code)
+    if isinstance(error, MloError):
+        _say(str(error))
+        return error.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE):
+        _say(f"the machine: {error or 'out of memory'}")
+        return MachineError.exit_code
+    if isinstance(error, SystemExit):
+        return int(error.code or 0)
+    path = _saved_traceback(error)
+    _say(f"a bug in mlo or in the problem: {type(error).__name__}: {error}\n  The traceback is in {path}.")
+    return OUR_BUG
+
+
+def _saved_traceback(error: Exception) -> Path:
+    path = Path("mlo-traceback.txt").absolute()
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return path
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""What `check` and `--dry-run` say about a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlo import _structure
+from mlo._run._batches import Source
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlo._graph import Graph
+    from mlo.spec._build import Assembly
+
+
+def probe(assembly: Assembly) -> None:
+    """Take every derivative once from fresh values. Raises `GraphError` for a level that is disconnected."""
+    spec, graph = assembly.spec, assembly.graph
+    source = Source(streams=assembly.streams, names=assembly.batches, seed=spec.seed, device=torch.device(spec.device))
+    graph.probe(graph.init(seed=spec.seed), source.all_batches(graph.levels, 1))
+
+
+def describe(assembly: Assembly, console: Console) -> None:
+    """Run order, what every upper level differentiates through and holds fixed, where levels start, and the cost."""
+    graph = assembly.graph
+    lines = [f"{assembly.spec.name}: {len(graph.order)} levels, {assembly.iterations:,} iterations"]
+    lines.append(f"run order: {' → '.join(graph.order)}")
+    for name in graph.order:
+        lines += _upper_lines(graph, name)
+    frozen = [name for name, level in graph.levels.items() if level.frozen]
+    if frozen:
+        lines.append(f"constant: {', '.join(frozen)}")
+    for level, start in assembly.spec.starts.items():
+        lines.append(f"{level} starts from {start.name}")
+    lines += [f"notice: {notice}" for notice in assembly.notices]
+    cost = graph.cost(assembly.iterations)
+    lines.append(f"cost: {cost.gradients:,} gradients, {cost.products:,} products, {cost.pullbacks:,} pullbacks")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _upper_lines(graph: Graph, name: str) -> list[str]:
+    level = graph.levels[name]
+    below = [lower for lower in reversed(graph.order) if lower in _structure.differentiated(level, graph.levels)]
+    if not below:
+        return []
+    methods = ", ".join(f"{lower} ({graph.levels[lower].hypergradient})" for lower in below)
+    paths = _structure.held_fixed(level, graph.levels)
+    held = "; ".join(" → ".join(path) for path in paths) or "nothing"
+    return [f"{name} differentiates through: {methods}", f"{name} holds fixed: {held}"]

@@ -1,0 +1,259 @@
+"""From a specification to a graph and its problem: the stage that knows the problem, and so imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import nn
+
+from mlo import _random, _structure
+from mlo._graph import Graph
+from mlo._level import Level
+from mlo._problem import Context, Problem, Settings
+from mlo.hypergradient import Unroll
+from mlo.spec._faults import Fault, unknown
+from mlo.spec._levels import Epochs, LevelSpec
+from mlo.spec._nodes import fold
+from mlo.spec._options import check_options, construct
+from mlo.spec._problems import GROUP
+from mlo.spec._registry import hypergradient_of, optimizer_of
+from mlo.stream import AbstractStream, Iterated
+
+if TYPE_CHECKING:
+    from mlo.spec._models import Spec
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Assembly:
+    """All a run needs, built from a specification.
+
+    - `iterations`, `evaluate_every`: durations in iterations; None where nothing is evaluated before the end.
+    - `streams`: by name; `batches`: which of them make up each level's batch.
+    - `notices`: what a user should know before the run begins.
+    """
+
+    spec: Spec
+    graph: Graph
+    problem: Problem
+    iterations: int
+    evaluate_every: int | None
+    streams: Mapping[str, AbstractStream]
+    batches: Mapping[str, str | tuple[str, ...] | None]
+    notices: tuple[str, ...]
+
+
+def assemble(spec: Spec) -> Assembly:
+    """Build the problem and the graph that `spec` describes. Raises `SpecError` with every mistake of this stage."""
+    torch_dtype: torch.dtype = getattr(torch, spec.dtype)
+    context = Context(seed=spec.seed, device=torch.device(spec.device), dtype=torch_dtype)
+    problem = _problem(spec, context)
+    streams = {
+        name: stream if isinstance(stream, AbstractStream) else Iterated(stream)
+        for name, stream in problem.streams.items()
+    }
+    faults: list[Fault] = []
+    durations = _Durations(spec, streams, faults)
+    levels = [_level(level, problem, streams, context, durations, faults) for level in spec.levels.values()]
+    iterations = durations.iterations()
+    evaluate_every = durations.evaluate_every()
+    faults += _evaluation_faults(spec, problem)
+    if not faults:
+        declared = [level for level in levels if level is not None]
+        for mistake in _structure.mistakes(declared):
+            faults.append(Fault(("levels", mistake.level, mistake.key), mistake.message))
+    spec.fail(faults)
+    graph = Graph(level for level in levels if level is not None)
+    remembering = [name for name, stream in streams.items() if isinstance(stream, Iterated)]
+    used = {name for level in spec.levels.values() for name in _stream_names(level)}
+    notices = tuple(
+        f"stream '{name}' is a plain iterable: a resumed run will not see the batches an uninterrupted one does"
+        for name in remembering
+        if name in used
+    )
+    return Assembly(
+        spec=spec,
+        graph=graph,
+        problem=problem,
+        iterations=iterations,
+        evaluate_every=evaluate_every,
+        streams=streams,
+        batches={name: level.batch for name, level in spec.levels.items()},
+        notices=notices,
+    )
+
+
+def _problem(spec: Spec, context: Context) -> Problem:
+    build = _builder(spec)
+    kind = typing.get_type_hints(build).get("settings", Settings)
+    settings, faults = construct(kind, spec.data)
+    spec.fail(fault.below(("data",)) for fault in faults)
+    try:
+        return build(settings, context)
+    except ValueError as error:  # what a problem says of its own settings
+        key = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
+        spec.fail([Fault(("data", key) if key in spec.data else ("data",), str(error))])
+        raise
+
+
+def _builder(spec: Spec) -> Callable[[Any, Context], Problem]:
+    points = {fold(point.name): point.value for point in importlib.metadata.entry_points(group=GROUP)}
+    imported = {fold(module.rpartition(".")[2]): module for module in spec.imports}
+    name = fold(spec.problem)
+    module = imported.get(name) or points.get(name) or f"problems.{spec.problem}"
+    build = getattr(importlib.import_module(module), "build", None)
+    if build is None:
+        spec.fail([Fault(("problem",), f"module '{module}' has no function `build(settings, context)`.")])
+    assert build is not None
+    return build
+
+
+def _level(
+    level: LevelSpec,
+    problem: Problem,
+    streams: Mapping[str, AbstractStream],
+    context: Context,
+    durations: _Durations,
+    faults: list[Fault],
+) -> Level | None:
+    """The level, or None after adding to `faults`."""
+    before = len(faults)
+    here = ("levels", level.name)
+    variables = _bound(problem.variables, level, "variables", faults)
+    objective = _bound(problem.objectives, level, "objective", faults) if level.objective else None
+    for position, name in enumerate(_stream_names(level)):
+        if name not in streams:
+            path = (*here, "batch") if isinstance(level.batch, str) else (*here, "batch", position)
+            faults.append(Fault(path, unknown("stream", name, streams)))
+    every, warm_up = durations.of(level, "every"), durations.of(level, "warm_up")
+    if len(faults) > before or variables is None:
+        return None
+    with _random.preserved():
+        _random.reseed(_random.key(context.seed, "variables", level.name))
+        made = variables()
+    made = _placed(made, context)
+    _freeze(made, level, faults)
+    return Level(
+        level.name,
+        variables=made,
+        objective=objective,
+        given=level.given,
+        subject_to=level.subject_to,
+        against=level.against,
+        optimizer=optimizer_of(level.optimizer),
+        steps=level.steps,
+        every=every,
+        warm_up=warm_up,
+        lookahead=level.lookahead,
+        hypergradient=hypergradient_of(level.hypergradient) or Unroll(),
+    )
+
+
+def _bound(table: Mapping[str, Callable[..., Any]], level: LevelSpec, key: str, faults: list[Fault]) -> Any:
+    """The function that the level's choice names, with its options bound, or None after adding to `faults`."""
+    choice = getattr(level, key)
+    here = ("levels", level.name, key)
+    found = {fold(name): function for name, function in table.items()}.get(fold(choice.name))
+    if found is None:
+        faults.append(Fault(here, unknown(key.removesuffix("s") if key == "variables" else key, choice.name, table)))
+        return None
+    options, wrong = check_options(found, choice.options)
+    faults += [fault.below((*here, choice.name)) for fault in wrong]
+    return None if wrong else _Bound(found, options)
+
+
+@final
+@dataclass(frozen=True)
+class _Bound:
+    """A function with its options, printed as the graph writes it."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, **self.options)
+
+
+def _placed(variables: Any, context: Context) -> Any:
+    """`variables` on the device and in the floating-point format of the run."""
+    if isinstance(variables, nn.Module):
+        return variables.to(device=context.device, dtype=context.dtype)
+    if isinstance(variables, Mapping):
+        return {name: tensor.to(device=context.device, dtype=context.dtype) for name, tensor in variables.items()}
+    return variables.to(device=context.device, dtype=context.dtype)
+
+
+def _freeze(variables: Any, level: LevelSpec, faults: list[Fault]) -> None:
+    """Let the parts of a module that `freeze` names, and everything below them, count as buffers."""
+    named = dict(variables.named_parameters()) if isinstance(variables, nn.Module) else {}
+    for position, part in enumerate(level.freeze):
+        inside = [name for name in named if name == part or name.startswith(f"{part}.")]
+        if not inside:
+            parts = {".".join(name.split(".")[:depth]) for name in named for depth in range(1, name.count(".") + 2)}
+            path = ("levels", level.name, "freeze", position)
+            faults.append(Fault(path, unknown("part", part, parts)))
+        for name in inside:
+            named[name].requires_grad_(False)
+
+
+def _stream_names(level: LevelSpec) -> tuple[str, ...]:
+    return () if level.batch is None else (level.batch,) if isinstance(level.batch, str) else level.batch
+
+
+def _evaluation_faults(spec: Spec, problem: Problem) -> Iterator[Fault]:
+    if spec.evaluation is None:
+        return
+    if problem.evaluate is None:
+        yield Fault(("evaluation",), f"problem '{spec.problem}' has nothing to evaluate with.", True)
+    for position, name in enumerate(spec.evaluation.model or ()):
+        if name not in spec.levels:
+            yield Fault(("evaluation", "model", position), unknown("level", name, spec.levels))
+
+
+@final
+@dataclass
+class _Durations:
+    """Passes over a stream in iterations. A level's own stream is the longest of those its batch is made of."""
+
+    spec: Spec
+    streams: Mapping[str, AbstractStream]
+    faults: list[Fault]
+
+    def of(self, level: LevelSpec, key: str) -> int:
+        """`every` or `warm_up` of a level."""
+        return self._iterations(getattr(level, key), level, ("levels", level.name, key))
+
+    def iterations(self) -> int:
+        """How long the run is; in passes over the longest stream of any level."""
+        return self._iterations(self.spec.iterations, None, ("iterations",))
+
+    def evaluate_every(self) -> int | None:
+        """How often it is evaluated."""
+        evaluation = self.spec.evaluation
+        if evaluation is None or evaluation.every is None:
+            return None
+        return self._iterations(evaluation.every, None, ("evaluation", "every"))
+
+    def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: tuple[str, ...]) -> int:
+        if isinstance(duration, int):
+            return duration
+        lengths = [length for each in ([level] if level else self.spec.levels.values()) for length in self._lengths(each)]
+        if not lengths:
+            self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
+            return 1
+        return max(1, math.ceil(duration.epochs * max(lengths)))
+
+    def _lengths(self, level: LevelSpec) -> Iterator[float]:
+        """Iterations that one pass over each of the level's streams takes."""
+        for name in _stream_names(level):
+            draws = self.streams[name].draws_per_epoch() if name in self.streams else None
+            if draws is not None:
+                yield draws / max(1, level.steps)
+

@@ -1,0 +1,1 @@
+"""What the papers share: data, networks, augmentation and measures. Each file holds one of them; import it by name."""

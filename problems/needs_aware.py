@@ -1,0 +1,232 @@
+"""Needs-aware generation: make more images of the classes a classifier does badly on (Gala and Xie 2024).
+
+Four stages, Eqs. 1–7: classifier W1, conditional generator G against discriminator H, refined classifier W2 trained on
+real images and on generated ones drawn by class need, and A (`meta`), the last two layers that W1, W2 and H share,
+trained on validation data through the responses of all of them.
+
+A graph names its levels `classifier`, `generator`, `discriminator`, `refined` and `meta`: objectives read them by these
+names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot, relu
+
+import mlo
+from problems.blocks import networks
+from problems.blocks.digits import CLASSES, Labelled, digits
+from problems.blocks.need import class_losses, class_need, relaxed_bernoulli
+from problems.blocks.scores import classification_scores, generation_scores, per_class_table
+
+Need: TypeAlias = Literal["sampled", "relaxed", "literal"]
+Batch: TypeAlias = Mapping[str, Any]
+
+
+class Data(mlo.Settings):
+    """The long-tailed data and the size of the batches.
+
+    - `imbalance`, `largest_class`: n_c = max(1, int(largest_class · imbalance^(−c/9))) training images of class c.
+    - `validation_per_class`, `test_per_class`: balanced, and the same for every imbalance.
+    - `batch_size`: real images a batch, and as many generated ones (M = N).
+    - `latent`: the dimension of the generator's z.
+    """
+
+    source: Literal["digits"] = "digits"
+    imbalance: float = 50.0
+    largest_class: int = 90
+    validation_per_class: int = 10
+    test_per_class: int = 50
+    batch_size: int = 64
+    latent: int = 32
+
+
+def build(settings: Data, context: mlo.Context) -> mlo.Problem:
+    """The problem on the data that `settings` describe."""
+    split = digits(
+        seed=context.seed,
+        imbalance=settings.imbalance,
+        largest_class=settings.largest_class,
+        validation_per_class=settings.validation_per_class,
+        test_per_class=settings.test_per_class,
+    )
+    train, validation, test = (_mapping(part, context) for part in (split.train, split.validation, split.test))
+    size = settings.batch_size
+    return mlo.Problem(
+        variables={
+            "encoder": networks.Encoder,
+            "classifier": networks.Classifier,
+            "last_two_layers": networks.LastTwoLayers,
+            "generator": partial(networks.Generator, latent=settings.latent),
+        },
+        objectives={
+            "classification": classification,
+            "discrimination": discrimination,
+            "generation": generation,
+            "refinement": refinement,
+            "validation": validation_of_both,
+        },
+        streams={
+            "train": mlo.stream.Shuffled(train, size=size),
+            "balanced": mlo.stream.Balanced(train, train["labels"], size=size),
+            "validation": mlo.stream.Shuffled(validation, size=size),
+            "validation_set": mlo.stream.Constant(validation),
+            "noise": mlo.stream.Noise(_noise(size, settings.latent, context.dtype)),
+        },
+        evaluate=_evaluation(train, {"validation": validation, "test": test}, settings.latent),
+    )
+
+
+def classification(values: mlo.Values, batch: Batch, *, head: Literal["meta", "own"] = "meta") -> Tensor:
+    """L_cls(W1, A, D_tr), Eqs. 1 and 8: cross-entropy. With `head: own` the level holds a whole network."""
+    outputs = values["classifier"](batch["images"])
+    logits = values["meta"](outputs) if head == "meta" else outputs
+    return cross_entropy(logits, batch["labels"])
+
+
+def discrimination(values: mlo.Values, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's side of Eq. 2 as a loss to descend, the hinge E[(1 − D(x, y))₊] + E[(1 + D(G(z, y), y))₊].
+
+    D(x, y) is the y-th output of the shared head on H's features. Eqs. 9 and 10 print one loss for both players, which
+    contradicts the min–max; there are two.
+    """
+    real, noise = batch["train"], batch["noise"]
+    fake = values["generator"](noise["z"], noise["labels"])
+    scores = _projection(values, torch.cat([real["images"], fake]), torch.cat([real["labels"], noise["labels"]]))
+    on_real, on_fake = scores.split([len(real["labels"]), len(noise["labels"])])
+    measured = {"real_score": on_real.mean(), "fake_score": on_fake.mean()}
+    return relu(1 - on_real).mean() + relu(1 + on_fake).mean(), measured
+
+
+def generation(values: mlo.Values, batch: Batch) -> Tensor:
+    """The generator's side of Eq. 2, −E[D(G(z, y), y)], for Eq. 9."""
+    fake = values["generator"](batch["z"], batch["labels"])
+    return -_projection(values, fake, batch["labels"]).mean()
+
+
+def refinement(
+    values: mlo.Values,
+    batch: Batch,
+    *,
+    weight: float = 1.0,
+    need: Need = "sampled",
+    temperature: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_cls(W2, A, D_tr) + λ L_a(W2, A, W1', G'), Eqs. 4, 5 and 11, both terms as means.
+
+    - `weight`: λ.
+    - `need`: how p(s), Eq. 3, decides what is generated. Eq. 4 draws o_m ~ p and weights it by b_m with E[b_m] ≈ p(o_m),
+      which counts p twice; the paper's own counts follow p once.
+      `sampled`: o_m ~ p with p held fixed, weight p(o_m)/stop(p(o_m)), which is 1 and carries the gradient into W1';
+      `relaxed`: o_m uniform, weight b_m, normalised by their sum;
+      `literal`: o_m ~ p, weight b_m, as printed.
+    - `temperature`: T of b_m.
+    """
+    real, noise = batch["train"], batch["noise"]
+    p = _need(values, batch["validation_set"])
+    if need == "relaxed":
+        classes = noise["labels"]
+    else:
+        classes = values.once("classes", lambda: _draw(p, noise["uniforms"]))
+    weights = _weights(p[classes], noise["gumbel"], need, temperature)
+    generated = values["generator"](noise["z"], classes)
+    features = values["refined"](torch.cat([real["images"], generated]))
+    logits = values["meta"](features)
+    on_real, on_generated = logits.split([len(real["labels"]), len(classes)])
+    real_loss = cross_entropy(on_real, real["labels"])
+    generated_loss = (weights * cross_entropy(on_generated, classes, reduction="none")).mean()
+    measured = {
+        "real_loss": real_loss,
+        "generated_loss": generated_loss,
+        "generated": (weights.detach()[:, None] * one_hot(classes, CLASSES)).sum(0),
+        "need": p,
+    }
+    return real_loss + weight * generated_loss, measured
+
+
+def validation_of_both(values: mlo.Values, batch: Batch, *, first_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_cls(W2', A, D_val) + γ L_cls(W1', A, D_val), Eqs. 6 and 12; `first_weight` is γ."""
+    meta, images, labels = values["meta"], batch["images"], batch["labels"]
+    refined = cross_entropy(meta(values["refined"](images)), labels)
+    first = cross_entropy(meta(values["classifier"](images)), labels)
+    return refined + first_weight * first, {"refined": refined, "classifier": first}
+
+
+def _projection(values: mlo.Values, images: Tensor, labels: Tensor) -> Tensor:
+    """D(x, y), [batch]."""
+    scores = values["meta"](values["discriminator"](images))
+    return scores.gather(1, labels[:, None]).squeeze(1)
+
+
+def _need(values: mlo.Values, validation: Batch) -> Tensor:
+    """p(s), Eq. 3, from the whole validation set; differentiable in W1' and A."""
+    logits = values["meta"](values["classifier"](validation["images"]))
+    return class_need(class_losses(logits, validation["labels"], CLASSES))
+
+
+def _draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """One class for each of `uniforms`, by inverting the distribution function of p."""
+    return torch.searchsorted(p.cumsum(0), uniforms * p.sum()).clamp(max=len(p) - 1)
+
+
+def _weights(p: Tensor, gumbel: Tensor, need: Need, temperature: float) -> Tensor:
+    """The weight of each generated image, [M], from its class's p."""
+    if need == "sampled":
+        return p / p.detach()
+    b = relaxed_bernoulli(p, gumbel, temperature)
+    return b * len(b) / b.sum() if need == "relaxed" else b
+
+
+def _mapping(part: Labelled, context: mlo.Context) -> dict[str, Tensor]:
+    return {
+        "images": part.images.to(device=context.device, dtype=context.dtype),
+        "labels": part.labels.to(context.device),
+    }
+
+
+def _noise(size: int, latent: int, dtype: torch.dtype) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """One draw for a batch of generated images: latents, uniform classes, uniforms to draw classes by, Gumbel noise."""
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        z = torch.randn(size, latent, generator=generator, dtype=dtype)
+        labels = torch.randint(CLASSES, (size,), generator=generator)
+        uniforms = torch.rand(size, generator=generator, dtype=dtype)
+        exponentials = -torch.rand(size, 2, generator=generator, dtype=torch.float64).clamp(min=1e-300).log()
+        return {"z": z, "labels": labels, "uniforms": uniforms, "gumbel": -exponentials.log().to(dtype)}
+
+    return draw
+
+
+def _evaluation(train: Mapping[str, Tensor], held_out: Mapping[str, Mapping[str, Tensor]], latent: int) -> mlo.Evaluate:
+    """Judges a classifier `[network]`, the pair before and after refinement `[W1, A, W2]`, or a `[generator]`."""
+    real = torch.bincount(train["labels"], minlength=CLASSES)
+
+    def evaluate(
+        values: Mapping[str, Any],
+        split: mlo.Split,
+        *,
+        model: tuple[str, ...],
+        totals: Mapping[str, Mapping[str, Tensor]],
+        complete: bool,
+    ) -> mlo.Evaluation:
+        if model == ("generator",):
+            return generation_scores(values["generator"], latent=latent, complete=complete and split == "test")
+        images, labels = held_out[split]["images"], held_out[split]["labels"]
+        before = values[model[0]](images, training=False)
+        if len(model) == 1:
+            return classification_scores(before, labels)
+        head = values[model[1]]
+        after = head(values[model[2]](images, training=False), training=False)
+        before = head(before, training=False)
+        found = classification_scores(after, labels)
+        first = {f"before_{name}": value for name, value in classification_scores(before, labels).metrics.items()}
+        generated = totals.get(model[2], {}).get("generated")
+        table = per_class_table(labels, before, after, real=real, generated=generated)
+        return mlo.Evaluation(metrics={**found.metrics, **first}, tables=(table,))
+
+    return evaluate
