@@ -73,9 +73,8 @@ def _resolve(composed: Table, reading: _Reading) -> tuple[Spec | None, list[Line
     """The spec of a composed tree, or None, and what is wrong with it and with the graphs it starts from."""
     composed, files, lines = absolute_starts(composed)
     tree = without_nulls(composed)
-    name: Node = Leaf(composed.place, reading.found.path.stem)
-    data = cast("dict[str, Any]", plain(_canonical(tree, reading.imports)))
-    data = {"name": plain(name), **data}
+    written = cast("dict[str, Any]", plain(_canonical(tree, reading.imports)))
+    data = {"name": reading.found.path.stem, **written}
     faults = _check.faults(tree, data, reading.imports)
     lines += [Line(locate(tree, each.path, key=each.on_key), each.message, each.path) for each in faults]
     strays = _check.stray_nulls(composed)

@@ -62,11 +62,10 @@ def _as_table(node: Node) -> Node:
 def _merged_choice(base: Node, over: Node, path: KeyPath, *, keep_nulls: bool) -> Node:
     before, after = _name_and_options(base), _name_and_options(over)
     if before is None or after is None:
-        if not (is_option(path) and isinstance(base, Table) and isinstance(over, Table)) or (
-            single(base) and single(over)
-        ):
-            return over
-        return merged(base, over, path=path, keep_nulls=keep_nulls)  # a mapping of several keys is no choice
+        several = is_option(path) and not (single(base) and single(over))
+        if several and isinstance(base, Table) and isinstance(over, Table):  # a mapping of several keys is no choice
+            return merged(base, over, path=path, keep_nulls=keep_nulls)
+        return over
     if fold(before[0]) != fold(after[0]):
         return over
     if after[1] is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr
 
+from mlo._errors import UserError
 from mlo.spec._dump import spec_hash, to_yaml
 from mlo.spec._faults import Fault, Line, fail
 from mlo.spec._forms import Form
@@ -150,7 +151,8 @@ class Spec(BaseModel):
 
     def replaced(self, *overrides: str) -> Spec:
         """The spec with `key=value` overrides, checked like a file. Raises `SpecError`."""
-        assert self._origin.reload is not None, "a spec comes from `load`"
+        if self._origin.reload is None:
+            raise UserError("only a spec that `mlo.load` read from a graph can be changed by overrides")
         return self._origin.reload(overrides)
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:

@@ -1,0 +1,138 @@
+"""Graphs that do not load: what is said, and where it points."""
+# ruff: noqa: E501 - a case a line
+
+from __future__ import annotations
+
+import pytest
+
+# What is replaced in the graph of conftest.py, by what, and the lines of the error.
+CHANGED = [
+    ("problem: toy", "problem: tog", "1:10: problem: no problem named 'tog'. Did you mean 'toy'?"),
+    ("problem: toy\n", "", "1:1: 'problem' is missing: the name of a problem."),
+    ("problem: toy", "problem: 3", "1:10: problem: expected the name of a problem, got 3."),
+    ("iterations: 10\n", "", "1:1: 'iterations' is missing: a whole number of at least 1, or {epochs: n}."),
+    ("iterations: 10", "iteration: 10", "2:1: iteration: unknown key. Did you mean 'iterations'?"),
+    ("10\n", "often\n", "2:13: iterations: expected a whole number of at least 1, or {epochs: n}, got 'often'."),
+    ("10\n", "0\n", "2:13: iterations: expected a whole number of at least 1, or {epochs: n}, got 0."),
+    ("10\n", "1.5\n", "2:13: iterations: expected a whole number of at least 1, or {epochs: n}, got 1.5."),
+    ("10\n", "true\n", "2:13: iterations: expected a whole number of at least 1, or {epochs: n}, got true."),
+    ("10\n", "{epoch: 3}\n", "2:13: iterations: expected a whole number of at least 1, or {epochs: n}, got {epoch: 3}."),
+    ("{size: 4}", "[4]", "3:7: data: expected a mapping of settings, got [4]."),
+    ("data: {size: 4}", "seed: -1", "3:7: seed: expected a whole number of at least 0, got -1."),
+    ("data: {size: 4}", "seed: '1'", "3:7: seed: expected a whole number of at least 0, got '1'."),
+    ("data: {size: 4}", "name: ''", "3:7: name: expected a name, got ''."),
+    ("data: {size: 4}", "device: gpu", "3:9: device: expected a device, such as cpu, cuda or cuda:1, got 'gpu'."),
+    ("data: {size: 4}", "dtype: float46", "3:8: dtype: expected float32 or float64, got 'float46'. Did you mean 'float64'?"),
+    ("data: {size: 4}", "checkpoint: 3", "3:13: checkpoint: expected a mapping, such as {every: 100}, got 3."),
+    ("data: {size: 4}", "checkpoint: {}", "3:1: checkpoint: 'every' is missing: a whole number of at least 1, or {epochs: n}."),
+    ("data: {size: 4}", "evaluation: {evry: 3}", "3:14: evaluation.evry: unknown key. Did you mean 'every'?"),
+    ("data: {size: 4}", "evaluation: {model: wheights}", "3:21: evaluation.model: no level named 'wheights'. Did you mean 'weights'?"),
+    ("data: {size: 4}", "evaluation: {model: [penalty, p]}", "3:31: evaluation.model[1]: no level named 'p'."),
+    ("data: {size: 4}", "evaluation: {select: 3}", "3:22: evaluation.select: expected the name of a metric, such as validation.accuracy, got 3."),
+    ("data: {size: 4}", "start: {weights: 3}", "3:18: start.weights: expected the path of a graph, or {graph: path, with: {…}}, got 3."),
+    ("data: {size: 4}", "start: {weights: gone.yaml}", "3:18: start.weights: no graph 'gone.yaml'."),
+    ("data: {size: 4}", "start: gan.yaml", "3:8: start: expected a mapping from level names to paths of graphs, got 'gan.yaml'."),
+    ("    batch: train", "    bacth: train", "9:5: levels.weights.bacth: unknown key. Did you mean 'batch'?"),
+    ("    batch: train", "    name: train", "9:5: levels.weights.name: a level's name is its key, not a key inside it."),
+    ("    batch: train", "    batch: 3", "9:12: levels.weights.batch: expected the name of a stream, or a list of names, got 3."),
+    ("    batch: train", "    steps: -1", "9:12: levels.weights.steps: expected a whole number of at least 0, got -1."),
+    ("    batch: train", "    steps: 0", "9:12: levels.weights.steps: expected a whole number of at least 1, got 0."),
+    ("    batch: train", "    warm_up: {epochs: 0.5}", "9:14: levels.weights.warm_up: expected a whole number of at least 0, or {epochs: n}, got {epochs: 0.5}."),
+    ("    batch: train", "    lookahead: on", "9:16: levels.weights.lookahead: expected true or false, got 'on'."),
+    ("    batch: train", "    freeze: {a: b}", "9:13: levels.weights.freeze: expected a name or a list of names, got {a: 'b'}."),
+    ("{linear: {width: 3}}", "[linear]", "6:16: levels.weights.variables: expected a name or {name: {option: value}}, got ['linear']."),
+    ("objective: fit", "objective: {fit: {}, more: {}}", "7:16: levels.weights.objective: expected a name or {name: {option: value}}, got {fit: {}, more: {}}."),
+    ("    objective: fit\n", "", "5:3: levels.weights: 'objective' is missing; a level needs variables, an objective and an optimizer."),
+    ("[penalty]", "[penalti]", "8:13: levels.weights.given[0]: no level named 'penalti'. Did you mean 'penalty'?"),
+    ("[penalty]", "[weights]", "8:12: levels.weights.given: a level reads itself without listing itself."),
+    ("[penalty]", "[1]", "8:12: levels.weights.given: expected a name or a list of names, got [1]."),
+    ("    given: [penalty]\n", "", "14:18: levels.penalty.subject_to[0]: the response of 'weights' does not depend"),
+    ("{sgd: {learning", "{sdg: {learning", "10:17: levels.weights.optimizer: no optimizer named 'sdg'. Did you mean 'sgd'?"),
+    ("momentum: 0.5", "momentun: 0.5", "10:43: levels.weights.optimizer.sgd.momentun: unknown option. Did you mean 'momentum'?"),
+    ("momentum: 0.5", "momentum: fast", "10:53: levels.weights.optimizer.sgd.momentum: expected a number, got 'fast'."),
+    ("momentum: 0.5", "momentum: true", "10:53: levels.weights.optimizer.sgd.momentum: expected a number, got true."),
+    ("momentum: 0.5", "nesterov: 1", "10:53: levels.weights.optimizer.sgd.nesterov: expected true or false, got 1."),
+    ("momentum: 0.5", "momentum: 1.5", "10:53: levels.weights.optimizer.sgd.momentum: momentum must be at least 0 and below 1, got 1.5."),
+    ("learning_rate: 0.1, ", "", "10:17: levels.weights.optimizer.sgd: 'learning_rate' is missing: a number."),
+    ("{sgd: {learning_rate: 0.1, momentum: 0.5}}", "sgd", "10:16: levels.weights.optimizer.sgd: 'learning_rate' is missing: a number."),
+    ("{sgd: {learning", "{none: {learning", "10:17: levels.weights.optimizer.none: a level without an optimizer has no options for it."),
+    ("finite_difference", "finite_diference", "11:21: levels.weights.hypergradient: no method named 'finite_diference'. Did you mean 'finite_difference'?"),
+    ("radius: 0.01", "radius: -1", "11:49: levels.weights.hypergradient.finite_difference.radius: radius must be positive, got -1.0."),
+    ("  weights:\n", "  Weights:\n", "5:3: levels.Weights: a level's name is a word of a-z, 0-9 and _ that starts with no digit, got 'Weights'."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), CHANGED)
+def test_a_mistake_is_named_where_it_was_made(refused, graph, old, new, message):
+    assert graph.count(old) >= 1
+    lines = refused(graph.replace(old, new, 1))
+    assert any(line.startswith(f"graph.yaml:{message}") for line in lines), lines
+
+
+def test_known_names_follow_on_a_line_of_their_own(refused, graph):
+    lines = refused(graph.replace("finite_difference", "finite_diference"))
+    assert lines[0].endswith("Did you mean 'finite_difference'?")
+    assert lines[1].startswith("  Known: ")
+    assert "finite_difference" in lines[1]
+    assert lines[1].endswith(".")
+
+
+OVERRIDDEN = [
+    ("seed", "<override seed>: an override is written key=value, such as seed=1 or levels.meta.every=2."),
+    ("=1", "<override =1>: an override is written key=value, such as seed=1 or levels.meta.every=2."),
+    ("a..b=1", "<override a..b=1>: 'a..b' is not a path of keys, such as levels.meta.every."),
+    ("seed=", "<override seed=>: no value for 'seed'; write seed=null to remove it."),
+    ("seed=x", "<override seed=x>: seed: expected a whole number of at least 0, got 'x'."),
+    ("sed=1", "<override sed=1>: sed: unknown key. Did you mean 'seed'?"),
+    ("sed=null", "<override sed=null>: sed: unknown key. Did you mean 'seed'?"),
+    ("seed=[1", "<override seed=[1>: not valid YAML: expected ',' or ']'"),
+    ("extends=a.yaml", "<override extends=a.yaml>: `extends` stands in a file"),
+    ("data.sise=null", "<override data.sise=null>: data.sise: there is no 'sise' to remove. Did you mean 'size'?"),
+    ("levels.weigths=null", "<override levels.weigths=null>: levels.weigths: nothing to remove: no level named 'weigths'. Did you mean 'weights'?"),
+    ("levels.weigths.steps=3", "<override levels.weigths.steps=3>: levels.weigths: no level named 'weigths'. Did you mean 'weights'?"),
+    ("levels.weights.optimizer.sgd.momentun=null", "<override levels.weights.optimizer.sgd.momentun=null>: levels.weights.optimizer.sgd.momentun: there is no 'momentun' to remove. Did you mean 'momentum'?"),
+    ("levels.weights.hypergradient=neuman", "<override levels.weights.hypergradient=neuman>: levels.weights.hypergradient: no method named 'neuman'."),
+    ("levels.weights.optimizer=null", "graph.yaml:5:3: levels.weights: 'optimizer' is missing; a level needs variables, an objective and an optimizer (`optimizer: none` makes it a constant)."),
+    ("levels.penalty=null", "graph.yaml:8:13: levels.weights.given[0]: no level named 'penalty'."),
+    ("levels=null", "graph.yaml:1:1: 'levels' is missing: a mapping from level names to levels."),
+    ("levels.penalty=3", "<override levels.penalty=3>: levels.penalty: expected a mapping of keys, got 3."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDDEN)
+def test_a_wrong_override_is_its_own_place(refused, graph, override, message):
+    lines = refused(graph, override)
+    assert any(line.startswith(message) for line in lines), lines
+
+
+def test_all_mistakes_come_at_once_in_the_order_of_the_file(refused, graph):
+    wrong = graph.replace("toy", "tog").replace("0.5", "fast").replace("[weights]", "[weigths]").replace("train", "3")
+    lines = [line for line in refused(wrong, "seed=x", "foo") if not line.startswith("  ")]
+    places = [line.split(": ")[0] for line in lines]
+    assert places == [
+        "graph.yaml:1:10", "graph.yaml:9:12", "graph.yaml:10:53", "graph.yaml:15:18", "<override foo>", "<override seed=x>"
+    ]  # fmt: skip
+
+
+def test_structure_is_judged_although_a_method_is_wrong(refused, graph):
+    text = "\n".join(refused(graph.replace("finite_difference", "neuman").replace("[penalty]", "[penalti]")))
+    assert "no method named 'neuman'" in text
+    assert "no level named 'penalti'" in text
+
+
+def test_a_cycle_of_levels_is_printed(refused, graph):
+    lines = refused(graph.replace("subject_to: [weights]", "given: [weights]"))
+    assert "levels read each other in a cycle: penalty → weights → penalty" in lines[0]
+
+
+def test_due_times_in_epochs_are_left_to_the_problem(read, graph):
+    read(graph, "levels.weights.every=60", "levels.weights.warm_up={epochs: 30}", "levels.penalty.every={epochs: 1}")
+
+
+def test_a_graph_needs_levels(refused):
+    assert refused("problem: toy\niterations: 1\nlevels: {}") == [
+        "graph.yaml:3:9: levels: a graph needs at least one level."
+    ]
+    assert refused("problem: toy\niterations: 1\nlevels: [a]") == [
+        "graph.yaml:3:9: levels: expected a mapping from level names to levels, got ['a']."
+    ]
