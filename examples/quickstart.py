@@ -9,8 +9,8 @@ fit = lambda values, rows: cross_entropy(x[rows] @ values["w"] / 16, y[rows])  #
 penalised = lambda values, rows: fit(values, rows) + values["penalty"].exp() * values["w"].square().sum()  # noqa: E731
 sgd, adam = mlo.optimizer.SGD(learning_rate=1.0, momentum=0.9), mlo.optimizer.Adam(learning_rate=0.1)
 w, penalty = torch.zeros(64, 10, dtype=torch.float64), torch.tensor(-5.0)
-inner = mlo.Level("w", objective=penalised, variables=w, given=["penalty"], optimizer=sgd, steps=20)
-outer = mlo.Level("penalty", objective=fit, variables=penalty, subject_to=["w"], optimizer=adam)
+inner = mlo.Level("w", objective=penalised, variables=w, given=("penalty",), optimizer=sgd, steps=20)
+outer = mlo.Level("penalty", objective=fit, variables=penalty, subject_to=("w",), optimizer=adam)
 graph = mlo.Graph([inner, outer])
 state = graph.init()
 for _ in range(100):

@@ -85,7 +85,7 @@ def _linearise_by_transform(
 ) -> tuple[Tree, After, Callable[..., Upstream]]:
     result, pull_all, after = _vjp(function, dict(at))
 
-    def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = True) -> Upstream:  # noqa: ARG001
+    def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = True) -> Upstream:
         (found,) = pull_all(cotangent)
         return {name: found[name] for name in names}
 

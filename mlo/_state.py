@@ -28,7 +28,7 @@ class State:
     - `seed`: what all noise inside objectives is keyed by.
     """
 
-    values: Mapping[str, Tree]
+    values: Mapping[str, Any]
     buffers: Mapping[str, Mapping[str, Tensor]]
     optimizers: Mapping[str, OptimizerState]
     iteration: int = 0

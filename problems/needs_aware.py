@@ -129,10 +129,8 @@ def refinement(
     """
     real, noise = batch["train"], batch["noise"]
     p = _need(values, batch["validation_set"])
-    if need == "relaxed":
-        classes = noise["labels"]
-    else:
-        classes = values.once("classes", lambda: _draw(p, noise["uniforms"]))
+    drawn = values.once("classes", lambda: _draw(p, noise["uniforms"]))
+    classes = noise["labels"] if need == "relaxed" else drawn
     weights = _weights(p[classes], noise["gumbel"], need, temperature)
     generated = values["generator"](noise["z"], classes)
     features = values["refined"](torch.cat([real["images"], generated]))
@@ -149,7 +147,9 @@ def refinement(
     return real_loss + weight * generated_loss, measured
 
 
-def validation_of_both(values: mlo.Values, batch: Batch, *, first_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+def validation_of_both(
+    values: mlo.Values, batch: Batch, *, first_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L_cls(W2', A, D_val) + γ L_cls(W1', A, D_val), Eqs. 6 and 12; `first_weight` is γ."""
     meta, images, labels = values["meta"], batch["images"], batch["labels"]
     refined = cross_entropy(meta(values["refined"](images)), labels)

@@ -31,7 +31,10 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         test_per_class=settings.test_per_class,
     )
     parts = {
-        name: {"images": part.images.flatten(1).to(context.device, context.dtype), "labels": part.labels.to(context.device)}
+        name: {
+            "images": part.images.flatten(1).to(context.device, context.dtype),
+            "labels": part.labels.to(context.device),
+        }
         for name, part in (("train", split.train), ("validation", split.validation), ("test", split.test))
     }
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, final
 import safetensors.torch
 
 from mlo._errors import UserError
+from mlo._run._files import write_atomically
 from mlo._state import State
 from mlo.optimizer import OptimizerState
-from mlo._run._files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

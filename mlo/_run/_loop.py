@@ -21,7 +21,7 @@ from mlo._run._files import new_folder, write_atomically, write_json
 from mlo._run._log import Log, plain
 from mlo._run._open import Run, open_run
 from mlo._run._pictures import write_pictures
-from mlo._run._progress import Progress, in_one_line
+from mlo._run._progress import Progress, in_one_line, progress_line
 from mlo._run._start import CACHE, start_runs, start_values
 from mlo._run._summary import print_summary, summarise
 from mlo.spec._build import Assembly, assemble
@@ -49,15 +49,25 @@ def run(
     Raises `SpecError` and `GraphError` before the first step, `NumericalError` with the last good state in the
     checkpoint, OSError if the machine cannot write. An interrupt leaves a checkpoint, too.
     """
-    began = time.monotonic()
     console = Console(quiet=True) if quiet else console or Console()
+    before = torch.get_num_threads()
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    try:
+        return _run(spec, out, Path(cache), console)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(spec: Spec, out: str | Path | None, cache: Path, console: Console) -> Run:
+    began = time.monotonic()
     assembly = assemble(spec)
     folder = new_folder(Path(out) if out is not None else default_folder(spec))
     write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
     for notice in assembly.notices:
-        console.print(f"notice: {notice}", highlight=False)
+        progress_line(console)(f"notice: {notice}")
     starts = start_runs(
-        spec, Path(cache), lambda start, inside: run(start, inside, cache=cache, console=console), console.print
+        spec, cache, lambda start, inside: run(start, inside, cache=cache, console=console), progress_line(console)
     )
     graph = assembly.graph
     source = Source(streams=assembly.streams, names=assembly.batches, seed=spec.seed, device=torch.device(spec.device))
@@ -98,7 +108,7 @@ class _Loop:
     state: State
     selection: Selection
     totals: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, "dict[str, Tensor]"])
-    counts: Cost = Cost(0, 0, 0)
+    counts: Cost = field(default_factory=lambda: Cost(0, 0, 0))
     norms: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
     judged: dict[str, float] = field(default_factory=dict[str, float])
     tables: tuple[Any, ...] = ()
@@ -181,9 +191,7 @@ class _Loop:
         return iteration == self.assembly.iterations or (every is not None and iteration % every == 0)
 
     def _keeps(self, iteration: int) -> bool:
-        settings = self.assembly.spec.checkpoint
-        every = settings.every if settings else max(1, self.assembly.iterations // 10)
-        return iteration % every == 0
+        return iteration % self.assembly.checkpoint_every == 0
 
     def _checkpoint(self) -> _checkpoint.Checkpoint:
         totals = {level: dict(measured) for level, measured in self.totals.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, final
 
 from rich.live import Live
@@ -40,7 +40,9 @@ class Progress:
         """Show iteration `iteration`; a level that did not move keeps its last numbers."""
         now = time.monotonic()
         wait = 0.1 if self._live else _PATIENCE
-        plain_due = not self._live and iteration * _LINES // self._iterations > (iteration - 1) * _LINES // self._iterations
+        plain_due = (
+            not self._live and iteration * _LINES // self._iterations > (iteration - 1) * _LINES // self._iterations
+        )
         if metrics.norms:
             self._norms |= {name: norms.total.item() for name, norms in metrics.norms.items()}
         if not plain_due and now - self._shown_at < wait:
@@ -51,20 +53,26 @@ class Progress:
         if self._live:
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
         else:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.say(line)
 
     def line(self, iteration: int, now: float) -> str:
         """One line of text."""
         speed = (iteration - self._done) / max(now - self._began, 1e-9)
         left = (self._iterations - iteration) / speed
-        losses = "  ".join(f"{name} {loss:.3g}" for name, loss in self._losses.items())
+        losses = "loss " + ", ".join(f"{name} {loss:.3g}" for name, loss in self._losses.items())
         norms = "  ".join(f"‖d {name}‖ {norm:.2g}" for name, norm in self._norms.items())
-        parts = [f"{self._name} {iteration}/{self._iterations}", losses, norms, f"{speed:.1f}/s", f"{_clock(left)} left"]
+        parts = [
+            f"{self._name} {iteration}/{self._iterations}",
+            losses,
+            norms,
+            f"{speed:.1f}/s",
+            f"{_clock(left)} left",
+        ]
         return "  ".join(part for part in parts if part)
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        progress_line(self._console)(line)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -76,6 +84,11 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress_line(console: Console) -> Callable[[str], None]:
+    """Prints a line as it is: no markup, no colours, no breaks."""
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def in_one_line(metrics: Mapping[str, float]) -> str:

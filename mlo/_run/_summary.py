@@ -45,11 +45,13 @@ def summarise(
         "counts": counts._asdict(),
         "predicted_counts": assembly.graph.cost(assembly.iterations)._asdict(),
         "tables": [
-            {"title": table.title, "columns": table.columns, "rows": [list(row) for row in table.rows]} for table in tables
+            {"title": table.title, "columns": table.columns, "rows": [list(row) for row in table.rows]}
+            for table in tables
         ],
         "starts": dict(starts),
         "spec_hash": spec.hash,
-        "versions": {name: _version(name) for name in ("mlo", "torch", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in ("mlo", "torch", "numpy")}
+        | {"python": platform.python_version()},
         "git_commit": _git_commit(),
         "seconds": round(seconds, 3),
     }

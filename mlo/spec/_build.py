@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Assembly:
     """All a run needs, built from a specification.
 
-    - `iterations`, `evaluate_every`: durations in iterations; None where nothing is evaluated before the end.
+    - `iterations`, `evaluate_every`, `checkpoint_every`: durations in iterations; None where nothing is evaluated before
+      the end.
     - `streams`: by name; `batches`: which of them make up each level's batch.
     - `notices`: what a user should know before the run begins.
     """
@@ -45,6 +46,7 @@ class Assembly:
     problem: Problem
     iterations: int
     evaluate_every: int | None
+    checkpoint_every: int
     streams: Mapping[str, AbstractStream]
     batches: Mapping[str, str | tuple[str, ...] | None]
     notices: tuple[str, ...]
@@ -64,6 +66,7 @@ def assemble(spec: Spec) -> Assembly:
     levels = [_level(level, problem, streams, context, durations, faults) for level in spec.levels.values()]
     iterations = durations.iterations()
     evaluate_every = durations.evaluate_every()
+    checkpoint_every = durations.checkpoint_every() or max(1, iterations // 10)
     faults += _evaluation_faults(spec, problem)
     if not faults:
         declared = [level for level in levels if level is not None]
@@ -84,6 +87,7 @@ def assemble(spec: Spec) -> Assembly:
         problem=problem,
         iterations=iterations,
         evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
         streams=streams,
         batches={name: level.batch for name, level in spec.levels.items()},
         notices=notices,
@@ -241,10 +245,17 @@ class _Durations:
             return None
         return self._iterations(evaluation.every, None, ("evaluation", "every"))
 
+    def checkpoint_every(self) -> int | None:
+        """How often a run saves itself, if the graph says so."""
+        settings = self.spec.checkpoint
+        return None if settings is None else self._iterations(settings.every, None, ("checkpoint", "every"))
+
     def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: tuple[str, ...]) -> int:
         if isinstance(duration, int):
             return duration
-        lengths = [length for each in ([level] if level else self.spec.levels.values()) for length in self._lengths(each)]
+        lengths = [
+            length for each in ([level] if level else self.spec.levels.values()) for length in self._lengths(each)
+        ]
         if not lengths:
             self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
             return 1
@@ -256,4 +267,3 @@ class _Durations:
             draws = self.streams[name].draws_per_epoch() if name in self.streams else None
             if draws is not None:
                 yield draws / max(1, level.steps)
-

@@ -89,6 +89,8 @@ class Spec(BaseModel):
     - `problem`: a module of `problems`, an entry point of `mlo.problems`, or one that was imported.
     - `data`: settings of the problem, which validates them.
     - `iterations`: how long it runs.
+    - `threads`: CPU threads of one operation; default, torch's own choice. Small networks are often fastest with one, and
+      one makes the numbers independent of how many cores a machine has.
     """
 
     model_config = CONFIG
@@ -110,6 +112,7 @@ class Spec(BaseModel):
         str, Field(pattern=r"^(cpu|mps|cuda)(:[0-9]+)?$"), Form("a device, such as cpu, cuda or cuda:1")
     ] = "cpu"
     dtype: Annotated[Literal["float32", "float64"], Form("float32 or float64")] = "float32"
+    threads: Annotated[int | None, Field(ge=1), Form("a whole number of at least 1")] = None
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

@@ -35,7 +35,9 @@ class Shuffled(AbstractStream):
         """See the class."""
         start = (which.iteration - 1) * self._size
         first, last = start // self._rows, (start + self._size - 1) // self._rows
-        order = torch.cat([self._order(which.seed, which.stream, which.step, epoch) for epoch in range(first, last + 1)])
+        order = torch.cat(
+            [self._order(which.seed, which.stream, which.step, epoch) for epoch in range(first, last + 1)]
+        )
         return take(self._data, order[start - first * self._rows :][: self._size])
 
     def draws_per_epoch(self) -> float:

@@ -49,9 +49,7 @@ def per_class_table(
     columns = list(zip(real.tolist(), first.tolist(), counts, second.tolist(), strict=True))
     rows: list[tuple[Any, ...]] = [(str(c), *row) for c, row in enumerate(columns)]
     rows.append(("mean", None, first.mean().item(), None, second.mean().item()))
-    rows.append(
-        ("standard deviation", None, first.std(correction=0).item(), None, second.std(correction=0).item())
-    )
+    rows.append(("standard deviation", None, first.std(correction=0).item(), None, second.std(correction=0).item()))
     return mlo.Table(
         title="Each class of the test set (accuracy in %)",
         columns=("class", "real images", "accuracy before", "generated images", "accuracy after"),
