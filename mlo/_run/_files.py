@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlo._errors import UserError
+from mlo._errors import MachineError, UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -30,8 +30,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def new_folder(path: Path) -> Path:
-    """Make the run folder `path`. Raises `UserError` if something is in it already."""
+    """Make the run folder `path`. Raises `UserError` if something is in it already, `MachineError` if it cannot be."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: a run folder must be new or empty; choose another with --out")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be made: {error.strerror}") from None
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from rich.console import Console
 
-from mlo._errors import NumericalError
+from mlo._errors import MloError, NumericalError
 from mlo._graph import Cost
 from mlo._run import _checkpoint
 from mlo._run._batches import Source
@@ -63,6 +64,19 @@ def _run(spec: Spec, out: str | Path | None, cache: Path, console: Console) -> R
     began = time.monotonic()
     assembly = assemble(spec)
     folder = new_folder(Path(out) if out is not None else default_folder(spec))
+    try:
+        return _run_into(folder, assembly, cache, console, began)
+    except (MloError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        path = folder / "traceback.txt"
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        error.add_note(f"The traceback is in {path}.")
+        raise
+
+
+def _run_into(folder: Path, assembly: Assembly, cache: Path, console: Console, began: float) -> Run:
+    spec = assembly.spec
     write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
     for notice in assembly.notices:
         progress_line(console)(f"notice: {notice}")

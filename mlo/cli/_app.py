@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,14 +99,14 @@ def _with_options(overrides: list[str] | None, seed: int | None, device: str | N
     return found + ([] if device is None else [f"device={device}"])
 
 
-def main() -> None:
-    """Run the command line and exit with the code that says what happened."""
-    sys.exit(_exit_code())
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (default: the process's own) and exit with the code that says what happened."""
+    sys.exit(_exit_code(arguments))
 
 
-def _exit_code() -> int:
+def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
-        app(standalone_mode=False)
+        app(arguments, standalone_mode=False)
     except Exception as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -128,15 +129,16 @@ def _report(error: Exception) -> int:
         return MachineError.exit_code
     if isinstance(error, SystemExit):
         return int(error.code or 0)
-    path = _saved_traceback(error)
-    _say(f"a bug in mlo or in the problem: {type(error).__name__}: {error}\n  The traceback is in {path}.")
+    notes = getattr(error, "__notes__", None) or [_save_traceback(error)]
+    _say("\n  ".join([f"a bug in mlo or in the problem: {type(error).__name__}: {error}", *notes]))
     return OUR_BUG
 
 
-def _saved_traceback(error: Exception) -> Path:
+def _save_traceback(error: Exception) -> str:
+    """Keep the traceback of an error that happened before there was a run folder, and say where."""
     path = Path("mlo-traceback.txt").absolute()
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return path
+    return f"The traceback is in {path}."
 
 
 def _say(message: str) -> None:
