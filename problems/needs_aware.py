@@ -21,8 +21,10 @@ from torch.nn.functional import cross_entropy, one_hot, relu
 import mlo
 from problems.blocks import networks
 from problems.blocks.digits import CLASSES, Labelled, digits
+from problems.blocks.jitter import Jitter
 from problems.blocks.need import class_losses, class_need, relaxed_bernoulli
 from problems.blocks.scores import classification_scores, generation_scores, per_class_table
+from problems.blocks.streams import Jittered
 
 Need: TypeAlias = Literal["sampled", "relaxed", "literal"]
 Batch: TypeAlias = Mapping[str, Any]
@@ -35,6 +37,8 @@ class Data(mlo.Settings):
     - `validation_per_class`, `test_per_class`: balanced, and the same for every imbalance.
     - `batch_size`: real images a batch, and as many generated ones (M = N).
     - `latent`: the dimension of the generator's z.
+    - `rotation`, `scale`, `shift`: how far the images of stream `jittered` are turned (degrees), stretched and moved
+      (pixels): that stream draws all classes alike and serves the discriminator, for which the last class has one image.
     """
 
     source: Literal["digits"] = "digits"
@@ -44,6 +48,9 @@ class Data(mlo.Settings):
     test_per_class: int = 50
     batch_size: int = 64
     latent: int = 32
+    rotation: float = 15.0
+    scale: float = 0.1
+    shift: float = 1.0
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
@@ -57,6 +64,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     )
     train, validation, test = (_mapping(part, context) for part in (split.train, split.validation, split.test))
     size = settings.batch_size
+    balanced = mlo.stream.Balanced(train, train["labels"], size=size)
+    jitter = Jitter(rotation=settings.rotation, scale=settings.scale, shift=settings.shift)
     return mlo.Problem(
         variables={
             "encoder": networks.Encoder,
@@ -73,7 +82,7 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         },
         streams={
             "train": mlo.stream.Shuffled(train, size=size),
-            "balanced": mlo.stream.Balanced(train, train["labels"], size=size),
+            "jittered": Jittered(balanced, jitter),
             "validation": mlo.stream.Shuffled(validation, size=size),
             "validation_set": mlo.stream.Constant(validation),
             "noise": mlo.stream.Noise(_noise(size, settings.latent, context.dtype)),
@@ -89,24 +98,33 @@ def classification(values: mlo.Values, batch: Batch, *, head: Literal["meta", "o
     return cross_entropy(logits, batch["labels"])
 
 
-def discrimination(values: mlo.Values, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminator's side of Eq. 2 as a loss to descend, the hinge E[(1 − D(x, y))₊] + E[(1 + D(G(z, y), y))₊].
+def discrimination(values: mlo.Values, batch: Batch, *, mismatch: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's side of Eq. 2 as a loss to descend, the hinge loss of BigGAN:
+
+        E[(1 − D(x, y))₊] + E[(1 + D(G(z, y'), y'))₊] + mismatch · E[(1 + D(x, ỹ))₊]
 
     D(x, y) is the y-th output of the shared head on H's features. Eqs. 9 and 10 print one loss for both players, which
     contradicts the min–max; there are two.
+
+    - `mismatch`: the weight of real images under a wrong label ỹ, drawn uniformly (Reed et al. 2016, Alg. 1). The paper
+      has no such term; without it a discriminator that saw one image of a class hardly looks at the label.
     """
-    real, noise = batch["train"], batch["noise"]
-    fake = values["generator"](noise["z"], noise["labels"])
-    scores = _projection(values, torch.cat([real["images"], fake]), torch.cat([real["labels"], noise["labels"]]))
-    on_real, on_fake = scores.split([len(real["labels"]), len(noise["labels"])])
-    measured = {"real_score": on_real.mean(), "fake_score": on_fake.mean()}
-    return relu(1 - on_real).mean() + relu(1 + on_fake).mean(), measured
+    real, noise = batch["jittered"], batch["noise"]
+    on_real, on_fake = _scores(values, real["images"], noise)
+    true = _of_class(on_real, real["labels"])
+    wrong = _of_class(on_real, (real["labels"] + noise["offsets"]) % CLASSES)
+    fake = _of_class(on_fake, noise["labels"])
+    loss = relu(1 - true).mean() + relu(1 + fake).mean() + mismatch * relu(1 + wrong).mean()
+    return loss, {"real_score": true.mean(), "fake_score": fake.mean(), "wrong_score": wrong.mean()}
 
 
 def generation(values: mlo.Values, batch: Batch) -> Tensor:
-    """The generator's side of Eq. 2, −E[D(G(z, y), y)], for Eq. 9."""
-    fake = values["generator"](batch["z"], batch["labels"])
-    return -_projection(values, fake, batch["labels"]).mean()
+    """The generator's side of Eq. 2, −E[D(G(z, y), y)], for Eq. 9.
+
+    H sees the images beside real ones, as when it is trained: its batch statistics belong to the mixture.
+    """
+    noise = batch["noise"]
+    return -_of_class(_scores(values, batch["jittered"]["images"], noise)[1], noise["labels"]).mean()
 
 
 def refinement(
@@ -157,9 +175,16 @@ def validation_of_both(
     return refined + first_weight * first, {"refined": refined, "classifier": first}
 
 
-def _projection(values: mlo.Values, images: Tensor, labels: Tensor) -> Tensor:
-    """D(x, y), [batch]."""
-    scores = values["meta"](values["discriminator"](images))
+def _scores(values: mlo.Values, real: Tensor, noise: Batch) -> tuple[Tensor, Tensor]:
+    """What the discriminator says of real and of generated images for every class, twice [batch, 10]."""
+    fake = values["generator"](noise["z"], noise["labels"])
+    scores = values["meta"](values["discriminator"](torch.cat([real, fake])))
+    on_real, on_fake = scores.split([len(real), len(fake)])
+    return on_real, on_fake
+
+
+def _of_class(scores: Tensor, labels: Tensor) -> Tensor:
+    """D(x, y) = scores[y], [batch]."""
     return scores.gather(1, labels[:, None]).squeeze(1)
 
 
@@ -190,14 +215,20 @@ def _mapping(part: Labelled, context: mlo.Context) -> dict[str, Tensor]:
 
 
 def _noise(size: int, latent: int, dtype: torch.dtype) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """One draw for a batch of generated images: latents, uniform classes, uniforms to draw classes by, Gumbel noise."""
+    """One draw for a batch of generated images.
+
+    Latents `z`, uniform classes `labels`, `uniforms` to draw classes by, `gumbel` noise [size, 2], and `offsets` in 1..9
+    from a label to a wrong one.
+    """
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         z = torch.randn(size, latent, generator=generator, dtype=dtype)
         labels = torch.randint(CLASSES, (size,), generator=generator)
         uniforms = torch.rand(size, generator=generator, dtype=dtype)
         exponentials = -torch.rand(size, 2, generator=generator, dtype=torch.float64).clamp(min=1e-300).log()
-        return {"z": z, "labels": labels, "uniforms": uniforms, "gumbel": -exponentials.log().to(dtype)}
+        gumbel = -exponentials.log().to(dtype)
+        offsets = torch.randint(1, CLASSES, (size,), generator=generator)
+        return {"z": z, "labels": labels, "uniforms": uniforms, "gumbel": gumbel, "offsets": offsets}
 
     return draw
 

@@ -27,7 +27,7 @@ def start_runs(spec: Spec, cache: Path, run: Callable[[Spec, Path], Any], say: C
     """By level, the finished run its initial values come from; runs what is missing.
 
     A run happens in a temporary folder that takes its place only when it is finished, so that an interrupted one is
-    never mistaken for a start.
+    never mistaken for a start. Where a run fails, its folder is left for whoever looks for the reason.
     """
     found: dict[str, Run] = {}
     for folder, (levels, start) in _by_folder(spec, cache).items():
@@ -68,5 +68,7 @@ def _run_into(folder: Path, start: Spec, run: Callable[[Spec, Path], Any]) -> No
         except OSError:
             if not (folder / "summary.json").is_file():  # another process may have finished the same run first
                 raise
-    finally:
+    except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, cast, final
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 CLASSES = 10
@@ -88,7 +88,7 @@ def digits(
         )
     everything = all_digits()
     held_out = test_per_class + validation_per_class
-    available = (everything.counts() - held_out).tolist()
+    available: list[int] = (everything.counts() - held_out).tolist()
     if min(available) < 1:
         raise ValueError(
             f"test_per_class ({test_per_class}) + validation_per_class ({validation_per_class}) = {held_out}, which "

@@ -28,6 +28,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
         return self.blocks(images)
 
 
@@ -43,6 +44,7 @@ class LastTwoLayers(nn.Module):
         self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
 
     def forward(self, features: Tensor) -> Tensor:
+        """See the class."""
         return self.layers(features)
 
 
@@ -56,6 +58,7 @@ class Classifier(nn.Module):
         self.last_two_layers = LastTwoLayers(features=self.encoder.features, hidden=hidden)
 
     def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
         return self.last_two_layers(self.encoder(images))
 
 
@@ -89,6 +92,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """See the class."""
         return self.blocks(torch.cat((latents, self.embedding(labels)), dim=1))
 
 

@@ -13,6 +13,7 @@ from problems.blocks.jitter import Jitter, uniform_draws
 from problems.blocks.networks import Classifier
 
 
+@torch.enable_grad()
 def recogniser(*, seed: int = 0, iterations: int = 1000, batch: int = 64, learning_rate: float = 0.05) -> nn.Module:
     """A classifier of all 1,797 digits, in evaluation mode, with its parameters frozen: the judge of generated ones.
 
