@@ -74,7 +74,8 @@ def network(levels: Iterable[Declared]) -> nx.DiGraph[str]:
 def run_order(levels: Iterable[Declared]) -> tuple[str, ...]:
     """Level names in the order they run; ties are broken by name, so the order of declaration changes nothing.
 
-    A level runs after every level it is subject to and after every level it is given that is not itself subject to it.
+    A level runs after every level it is subject to, with what these rest on, and after every level it is given that does
+    not itself rest on it. An upper level thus moves last, listed or not: a level that reads it sees where it stood.
     Raises `networkx.NetworkXUnfeasible` on a cycle, which `mistakes` reports with its path.
     """
     import networkx as nx
@@ -135,14 +136,26 @@ def _influence(known: Mapping[str, Declared], source: str) -> nx.DiGraph[str]:
 def _precedence(levels: Iterable[Declared]) -> nx.DiGraph[str]:
     import networkx as nx
 
-    levels = list(levels)
-    above = {level.name: set(level.subject_to) for level in levels}
+    known = {level.name: level for level in levels}
+    below = {name: _rests_on(level, known) for name, level in known.items()}
     graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_nodes_from(level.name for level in levels)
-    for level in levels:
-        graph.add_edges_from((name, level.name) for name in level.subject_to)
-        graph.add_edges_from((name, level.name) for name in level.given if level.name not in above[name])
+    graph.add_nodes_from(known)
+    for level in known.values():
+        graph.add_edges_from((name, level.name) for name in below[level.name])
+        graph.add_edges_from((name, level.name) for name in level.given if level.name not in below[name])
     return graph
+
+
+def _rests_on(upper: Declared, known: Mapping[str, Declared]) -> set[str]:
+    """What moves before `upper` does: the levels it is subject to, and what these read but for their own upper levels."""
+    found: set[str] = set()
+    waiting = list(upper.subject_to)
+    while waiting:
+        name = waiting.pop()
+        if name != upper.name and name not in found:
+            found.add(name)
+            waiting += [read for read in reads(known[name])[1:] if name not in known[read].subject_to]
+    return found
 
 
 def _repeated(names: Iterable[str]) -> set[str]:

@@ -54,6 +54,12 @@ class Selection:
         """Whether the metric is minimised."""
         return self.metric is not None and self.metric.endswith(_SMALLER_IS_BETTER)
 
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """What to show of an evaluation: the metric that selects and the best it has been, or all metrics."""
+        if self.metric is None or self.best is None:
+            return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        return f"{self.metric} {metrics[self.metric]:.4g} (best {self.best:.4g} at {self.iteration})"
+
     def takes(self, metrics: Mapping[str, float], iteration: int) -> bool:
         """Whether the state at `iteration` is at least as good as the best so far, which it then replaces."""
         if self.metric is None:

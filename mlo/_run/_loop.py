@@ -22,7 +22,7 @@ from mlo._run._files import new_folder, write_atomically, write_json
 from mlo._run._log import Log, plain
 from mlo._run._open import Run, open_run
 from mlo._run._pictures import write_pictures
-from mlo._run._progress import Progress, in_one_line, progress_line
+from mlo._run._progress import Progress, progress_line
 from mlo._run._start import CACHE, start_runs, start_values
 from mlo._run._summary import print_summary, summarise
 from mlo.spec._build import Assembly, assemble
@@ -143,10 +143,10 @@ class _Loop:
                 if self._evaluates(iteration):
                     found = evaluate(self.assembly, self.state, self.totals, "validation", complete=False).metrics
                     log.write(iteration, {"evaluation": found}, seconds=time.monotonic() - self.began)
-                    progress.say(f"{self.assembly.spec.name} {iteration}/{iterations}  {in_one_line(found)}")
                     if self.selection.takes(found, iteration):
                         best = self._checkpoint()
                         self._save("selected", best)
+                    progress.say(f"{self.assembly.spec.name} {iteration}/{iterations}  {self.selection.line(found)}")
                 if self._keeps(iteration):
                     log.flush()
                     self._save("latest", self._checkpoint())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from rich.live import Live
@@ -89,8 +89,3 @@ def _clock(seconds: float) -> str:
 def progress_line(console: Console) -> Callable[[str], None]:
     """Prints a line as it is: no markup, no colours, no breaks."""
     return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def in_one_line(metrics: Mapping[str, float]) -> str:
-    """Metrics in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
