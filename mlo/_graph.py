@@ -158,8 +158,10 @@ class Graph:
             raise UserError(f"level '{name}' holds tensors and no module")
         values = state.values[name]
         assert isinstance(values, Mapping)
-        copy = deepcopy(module)
-        copy.load_state_dict({**copy.state_dict(), **values, **state.buffers[name]}, strict=False)
+        copy, tensors = deepcopy(module), {**values, **state.buffers[name]}
+        with torch.no_grad():  # not through the state dict: it lacks buffers that are not persistent
+            for key, tensor in (*copy.named_parameters(), *copy.named_buffers()):
+                tensor.copy_(tensors[key])
         return copy
 
     def values(self, state: State, names: Iterable[str] | None = None) -> Mapping[str, Any]:

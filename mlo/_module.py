@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -26,23 +27,37 @@ class Skeleton:
 
     def __init__(self, module: nn.Module) -> None:
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)}
-        named = list(module.named_parameters(remove_duplicate=False))
-        self._tied = len(named) != len(list(module.named_parameters()))
+        self._ties = _ties(module)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
     ) -> Any:
         """The module's output at `tensors`, which holds its parameters and buffers by name; buffers may be overwritten."""
-        module = self._modes[training]
-        return torch.func.functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=self._tied)
+        everything = {**tensors, **{name: tensors[first] for name, first in self._ties.items()}}
+        return torch.func.functional_call(self._modes[training], everything, args, dict(kwargs), tie_weights=False)
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Second names of tensors that stand in several places, each with the name they are kept under.
+
+    Moving to the meta device unties them, and a kernel of the CPU may read a tensor that was left there without a word.
+    """
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for prefix, part in module.named_modules():
+        held = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        for name, tensor in chain(part.named_parameters(**held), part.named_buffers(**held)):
+            if (kept := first.setdefault(id(tensor), name)) != name:
+                ties[name] = kept
+    return ties
 
 
 def numbers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Clones of a module's trained parameters, and of its buffers with the parameters that do not require a gradient."""
-    if isinstance(module, DistributedDataParallel | DataParallel):
-        raise UserError(
-            f"a module wrapped in {type(module).__name__} would run with gradients that are not reduced: pass module.module"
-        )
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel | DataParallel):
+            kind = type(part).__name__
+            raise UserError(f"a module wrapped in {kind} would run with gradients that are not reduced: pass module.module")
     parameters = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if tensor.requires_grad}
     frozen = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not tensor.requires_grad}
     buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}

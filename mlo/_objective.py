@@ -95,8 +95,19 @@ class Values(Mapping[str, Any]):
                     f"the objective of level '{self._reader}' made the choice '{name}' in a re-evaluation only"
                 )
             with torch.no_grad():
-                self.choices[name] = choose()
+                self.choices[name] = _constant(choose())
         return self.choices[name]
+
+
+def _constant(choice: Any) -> Any:
+    """`choice` with its tensors detached; whatever is neither tensor nor container stays as it is."""
+    if isinstance(choice, torch.Tensor):
+        return choice.detach()
+    if isinstance(choice, Mapping):
+        return {name: _constant(part) for name, part in choice.items()}
+    if isinstance(choice, tuple) and hasattr(choice, "_make"):
+        return choice._make(_constant(part) for part in choice)
+    return type(choice)(_constant(part) for part in choice) if isinstance(choice, (tuple, list)) else choice
 
 
 def evaluate(
