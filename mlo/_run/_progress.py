@@ -51,7 +51,7 @@ class Progress:
         self._losses |= {name: loss.item() for name, loss in metrics.losses.items()}
         line = self.line(iteration, now)
         if self._live:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+            self._live.update(Text(line))
         else:
             self.say(line)
 
@@ -61,14 +61,8 @@ class Progress:
         left = (self._iterations - iteration) / speed
         losses = "loss " + ", ".join(f"{name} {loss:.3g}" for name, loss in self._losses.items())
         norms = "  ".join(f"‖d {name}‖ {norm:.2g}" for name, norm in self._norms.items())
-        parts = [
-            f"{self._name} {iteration}/{self._iterations}",
-            losses,
-            norms,
-            f"{speed:.1f}/s",
-            f"{_clock(left)} left",
-        ]
-        return "  ".join(part for part in parts if part)
+        where = f"{self._name} {iteration}/{self._iterations}"
+        return "  ".join(part for part in (where, f"{speed:.3g}/s", f"{_clock(left)} left", losses, norms) if part)
 
     def say(self, line: str) -> None:
         """A line that stays."""

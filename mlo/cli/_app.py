@@ -33,7 +33,7 @@ GraphArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the graph: seed=1 levels.meta.every=4."),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the graph: seed=1 levels.meta.every=4."),
 ]
 Imports = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="A module of your own that is a problem.")
@@ -52,7 +52,7 @@ def run(
     graph: GraphArgument,
     overrides: Overrides = None,
     seed: Seed = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/<name>-<seed>-<time>]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/<name>-<seed>-<time> if not given.")] = None,
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and take no step.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,

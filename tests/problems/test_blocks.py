@@ -104,7 +104,7 @@ def test_split_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"imbalance": 0.5}, r"imbalance is 0.5; it must be at least 1"),
         ({"largest_class": 0}, r"largest_class is 0; it must be at least 1"),
