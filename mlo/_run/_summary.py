@@ -62,7 +62,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) ->
     for table in summary["tables"]:
         shown = Shown(title=table["title"], box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for number, column in enumerate(table["columns"]):
-            shown.add_column(column, justify="left" if number == 0 else "right")
+            shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in table["rows"]:
             shown.add_row(*(_cell(value) for value in row))
         console.print(shown)
@@ -99,7 +99,7 @@ def _cell(value: str | float | None) -> str:
         case None:
             return "–"
         case float():
-            return f"{value:.4g}"
+            return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
         case _:
             return str(value)
 
