@@ -68,8 +68,7 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
     every device.
     """
     if inside_transform():
-        with sdpa_kernel(SDPBackend.MATH):
-            value, pull, after = _vjp(function, at)
+        value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
     point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else _leaf(tensor), at)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -93,7 +92,8 @@ def _linearise_by_transform(
 
 
 def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]], After]:
-    return cast("Any", torch.func.vjp(function, at, has_aux=True))
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
+        return cast("Any", torch.func.vjp(function, at, has_aux=True))
 
 
 def _leaf(tensor: Tensor) -> Tensor:

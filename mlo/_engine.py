@@ -57,6 +57,8 @@ class Iteration:
         default_factory=dict[str, "tuple[Mapping[str, Tensor], ...]"]
     )
     norms: dict[str, tuple[Norms, ...]] = field(default_factory=dict[str, "tuple[Norms, ...]"])
+    numbers: list[tuple[str, int, str, Tensor]] = field(default_factory=list["tuple[str, int, str, Tensor]"])
+    """What must be finite, in the order in which it came about: level, step, term, number."""
 
     @classmethod
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
@@ -98,8 +100,12 @@ class Iteration:
     def _sweep(self, upper: str, responses: Mapping[str, Response], cotangents: dict[str, Tree]) -> dict[str, Tree]:
         """Walk the responses in reverse run order, adding cotangents where arrows meet; one pullback each."""
         through: dict[str, Tree] = {}
+        idle: set[str] = set()  # pass nothing on: with no steps the state itself is the response
         for name in reversed(list(responses)):
             response = responses[name]
+            if name not in cotangents and any(name in responses[reader].level.given for reader in idle):
+                idle.add(name)
+                continue
             if name not in cotangents:
                 reason = f"'{name}' is read neither by the objective nor by another level that is listed"
                 raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
@@ -111,7 +117,9 @@ class Iteration:
                 elif read in responses:
                     known = cotangents.get(read)
                     cotangents[read] = cotangent if known is None else _tree.add(known, cotangent)
-            if response.steps and not any(read == upper or read in responses for read in upstream):
+            if not response.steps:
+                idle.add(name)
+            elif not any(read == upper or read in responses for read in upstream):
                 reason = (
                     f"the response of '{name}' does not reach back to '{upper}': its objective does not depend on it"
                 )
@@ -120,8 +128,7 @@ class Iteration:
 
     def descend(self, name: str, live: Iterable[str]) -> Response:
         """A level that is subject to none takes its steps."""
-        response = self.respond(name, live)
-        self.now[name] = response.end
+        response = self.retake(name, live)
         self.losses[name] = response.losses
         self.measured[name] = response.measured
         return response
@@ -132,9 +139,12 @@ class Iteration:
         assert level.optimizer is not None
         losses, measured, norms = [], [], []
         kept = {lower: self.now[lower] for lower in responses}
+        moved = {upper: self.now[upper] for upper in self.norms}  # due at the same time: responses see where they stood
         for step in range(level.steps):
             if step:
+                self.now.update({upper: position(self.begin, upper) for upper in moved})
                 responses = {lower: self.retake(lower, live) for lower in responses}
+                self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
             variables, optimizer = level.optimizer.update(parts.total, at.optimizer, at.variables)
@@ -142,12 +152,24 @@ class Iteration:
             losses.append(loss)
             measured.append(aftermath.measured)
             norms.append(Norms.of(parts))
+            self.numbers += [
+                (name, step + 1, "the loss", loss),
+                (name, step + 1, "the direct part of the hypergradient", norms[-1].direct),
+                *(
+                    (name, step + 1, f"the part of the hypergradient through '{lower}'", norm)
+                    for lower, norm in norms[-1].through.items()
+                ),
+            ]
+        self._look_at_value(name, level.steps)
         self.now.update(kept)
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
 
     def retake(self, name: str, live: Iterable[str]) -> Response:
+        """The response of level `name`, which now stands where it leads."""
         response = self.respond(name, live)
         self.now[name] = response.end
+        self.numbers += [(name, step, "the loss", loss) for step, loss in enumerate(response.losses, 1)]
+        self._look_at_value(name, response.steps)
         return response
 
     def look_ahead(self, uppers: Iterable[str]) -> None:
@@ -184,23 +206,17 @@ class Iteration:
         )
         return state, metrics
 
+    def _look_at_value(self, name: str, step: int) -> None:
+        """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
+        self.numbers.append((name, step, "the new value", _tree.sum_of(self.now[name].variables)))
+
     def _refuse_non_finite(self) -> None:
-        """One look at all losses and norms together; who it was is asked only if there is something to ask."""
-        if inside_transform():
+        """One look at all numbers together; who was first is asked only if there is something to ask."""
+        if inside_transform() or not self.numbers:
             return
-        terms: list[tuple[str, int, str, Tensor]] = []
-        for name, losses in self.losses.items():
-            terms += [(name, step, "the loss", loss) for step, loss in enumerate(losses, 1)]
-        for name, steps in self.norms.items():
-            for step, norms in enumerate(steps, 1):
-                terms.append((name, step, "the direct part of the hypergradient", norms.direct))
-                terms += [
-                    (name, step, f"the part of the hypergradient through '{lower}'", norm)
-                    for lower, norm in norms.through.items()
-                ]
-        if not terms or bool(torch.stack([value.double() for *_, value in terms]).isfinite().all()):
+        if bool(torch.stack([number.double() for *_, number in self.numbers]).isfinite().all()):
             return
-        level, step, term, _ = next(entry for entry in terms if not bool(entry[3].isfinite()))
+        level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)
 
 

@@ -84,6 +84,8 @@ class Graph:
                 variables[name] = replaced
                 if own:
                     buffers[name] = own
+            if level.optimizer and not _tree.leaves(variables[name]):
+                raise UserError(f"level '{name}' has an optimizer and no variables, or only frozen ones")
         optimizers = {
             name: level.optimizer.init(variables[name]) for name, level in self.levels.items() if level.optimizer
         }
@@ -130,23 +132,26 @@ class Graph:
                     elif not level.frozen:
                         _engine.Iteration.of(self._plan, state, self._checked(batches)).respond(name)
                 except GraphError as error:
-                    mistakes += error.mistakes
+                    mistakes += (mistake for mistake in error.mistakes if mistake not in mistakes)
         if mistakes:
             raise GraphError(mistakes)
 
     def cost(self, iterations: int) -> Cost:
         """What the first `iterations` cost; exact for methods of fixed length."""
         gradients = products = pullbacks = 0
+        retaken: dict[str, set[int]] = {name: set() for name in self.levels}  # when, for however many levels ahead
         for name, level in self.levels.items():
             times = _structure.times_due(level, iterations)
-            below = [self.levels[lower] for lower in self._plan.differentiated(name)]
             gradients += times * level.steps
-            retakes = (level.steps - 1 if below else 0) + (0 if not level.lookahead else 1)
-            for lower in below:
-                pullback = lower.hypergradient.cost(lower.steps)
-                gradients += times * (level.steps * pullback.gradients + retakes * lower.steps)
+            for lower in self._plan.differentiated(name):
+                below = self.levels[lower]
+                pullback = below.hypergradient.cost(below.steps)
+                gradients += times * (level.steps * pullback.gradients + max(0, level.steps - 1) * below.steps)
                 products += times * level.steps * pullback.products
                 pullbacks += times * level.steps
+                if level.lookahead:
+                    retaken[lower].update(range(level.warm_up + level.every, iterations + 1, level.every))
+        gradients += sum(self.levels[name].steps * len(times) for name, times in retaken.items())
         return Cost(gradients, products, pullbacks)
 
     def module(self, name: str, state: State) -> nn.Module:

@@ -45,8 +45,9 @@ def _ties(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for prefix, part in module.named_modules():
-        held = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
-        for name, tensor in chain(part.named_parameters(**held), part.named_buffers(**held)):
+        parameters = part.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        buffers = part.named_buffers(prefix, recurse=False, remove_duplicate=False)
+        for name, tensor in chain(parameters, buffers):
             if (kept := first.setdefault(id(tensor), name)) != name:
                 ties[name] = kept
     return ties
@@ -57,7 +58,9 @@ def numbers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for part in module.modules():
         if isinstance(part, DistributedDataParallel | DataParallel):
             kind = type(part).__name__
-            raise UserError(f"a module wrapped in {kind} would run with gradients that are not reduced: pass module.module")
+            raise UserError(
+                f"a module wrapped in {kind} would run with gradients that are not reduced: pass module.module"
+            )
     parameters = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if tensor.requires_grad}
     frozen = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not tensor.requires_grad}
     buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}

@@ -105,8 +105,8 @@ def _constant(choice: Any) -> Any:
         return choice.detach()
     if isinstance(choice, Mapping):
         return {name: _constant(part) for name, part in choice.items()}
-    if isinstance(choice, tuple) and hasattr(choice, "_make"):
-        return choice._make(_constant(part) for part in choice)
+    if hasattr(choice, "_fields"):
+        return type(choice)(*(_constant(part) for part in choice))
     return type(choice)(_constant(part) for part in choice) if isinstance(choice, (tuple, list)) else choice
 
 

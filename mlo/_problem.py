@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlo.stream import AbstractStream
 
 Split: TypeAlias = Literal["validation", "test"]
+"""The held-out data that an evaluation is about."""
 
 
 class Settings(BaseModel):

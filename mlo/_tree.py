@@ -79,6 +79,11 @@ def norm(tree: Tree) -> Tensor:
     return _sum([tensor.square().sum() for tensor in leaves(tree)]).sqrt()
 
 
+def sum_of(tree: Tree) -> Tensor:
+    """The sum of all entries, a zero-dimensional tensor: finite if they are, short of overflow."""
+    return _sum([tensor.sum() for tensor in leaves(tree)])
+
+
 def total(trees: Iterable[Tree]) -> Tree:
     """The sum of at least one tree."""
     first, *others = trees

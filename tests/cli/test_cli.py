@@ -34,9 +34,7 @@ def test_run_trains_prints_progress_and_the_results_and_exits_0(mlo_command, tmp
     code, out, err = mlo_command("run", PENALTY, "iterations=40", "--out", "run", "--seed", "3")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert re.fullmatch(
-        r"penalty 2/40  \S+/s  \d:\d\d left  loss weights \S+, penalty \S+  ‖d penalty‖ \S+", lines[0]
-    )
+    assert re.fullmatch(r"penalty 2/40  \S+/s  \d:\d\d left  loss weights \S+, penalty \S+  ‖d penalty‖ \S+", lines[0])
     assert "balanced_accuracy" in out
     assert "840 gradients, 800 products, 40 pullbacks (as predicted)" in out
     assert (tmp_path / "run" / "summary.json").exists()
