@@ -27,6 +27,8 @@ class Skeleton:
 
     def __init__(self, module: nn.Module) -> None:
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)}
+        self.written = frozenset(name for name, _ in module.named_buffers())
+        """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
         self._ties = _ties(module)
 
     def __call__(
@@ -97,7 +99,8 @@ class ModuleVariables(Mapping[str, "Tensor"]):
 
     def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The module's output."""
-        buffers = {name: tensor.clone() for name, tensor in self._buffers.items()}
+        written = self._skeleton.written
+        buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self._buffers.items()}
         output = self._skeleton({**self._parameters, **buffers}, args, kwargs, training=training)
         if training:
             self._buffers = buffers

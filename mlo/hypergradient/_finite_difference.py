@@ -24,7 +24,9 @@ class FiniteDifference(AbstractHypergradient):
 
     Earlier steps are held fixed: this is one step of `Unroll`, up to O(radius²) where f is smooth. On ReLU networks
     expect a relative error of about 2e-3 at radius 0.01; in float32 a radius below 1e-3 drowns in rounding. q = 0 gives
-    ū = 0. Costs two first-order gradients; memory does not grow.
+    ū = 0. Two things it cannot see, and `Unroll` does: a stop-gradient on the level's own variables, whose value moves
+    with them here, and an objective in which w and u do not meet, which gives zero and not an error. Costs two
+    first-order gradients; memory does not grow.
 
     - `radius`: ε‖q‖, how far the variables are moved, in units of the variables.
 
