@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlo import hypergradient as hypergradient
     from mlo import optimizer as optimizer
+    from mlo import schedule as schedule
     from mlo import stream as stream
     from mlo._errors import GraphError as GraphError
     from mlo._errors import MachineError as MachineError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mlo._problem import Table as Table
     from mlo._run import Run as Run
     from mlo._run import open_run as open_run
+    from mlo._run import resume as resume
     from mlo._run import run as run
     from mlo._state import Batches as Batches
     from mlo._state import Metrics as Metrics
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "hypergradient": "mlo.hypergradient",
     "optimizer": "mlo.optimizer",
+    "schedule": "mlo.schedule",
     "stream": "mlo.stream",
     "GraphError": "mlo._errors",
     "MachineError": "mlo._errors",
@@ -64,6 +67,7 @@ _HOMES = {
     "Table": "mlo._problem",
     "Run": "mlo._run",
     "open_run": "mlo._run",
+    "resume": "mlo._run",
     "run": "mlo._run",
     "Spec": "mlo.spec",
     "load": "mlo.spec",

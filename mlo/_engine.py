@@ -15,10 +15,11 @@ from mlo import _random, _tree
 from mlo._autodiff import inside_transform
 from mlo._errors import GraphError, Mistake, NumericalError
 from mlo._objective import Record, partials
-from mlo._response import Position, Response, Surroundings, respond
+from mlo._response import Response, respond
 from mlo._state import Metrics, Norms, Parts, State, Tally, batch_of
+from mlo._step import Position, Surroundings
 from mlo._structure import is_due
-from mlo.optimizer import OptimizerState
+from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ class Iteration:
     def record(self, level: str, step: int) -> Record:
         """What `level` draws at its `step`: the same however often it is asked for."""
         seed = _random.key(self.begin.seed, level, self.number, step)
-        return Record(batch_of(self.batches, level, step), seed)
+        return Record(batch_of(self.batches, level, step), seed, self.number)
 
     def respond(self, name: str, live: Iterable[str] = ()) -> Response:
         """The response of level `name`, from where it stood when the iteration began, to the others as they stand now."""
@@ -81,8 +82,8 @@ class Iteration:
         values, buffers = self._seen_by(level)
         towards = tuple(read for read in level.given if read in set(live))
         around = Surroundings(self.plan.skeletons, values, buffers, towards, self.tally)
-        records = [self.record(name, step) for step in range(level.steps)]
-        return respond(level, position(self.begin, name), around, records)
+        records = [self.record(name, step) for step in range(max(1, level.steps))]
+        return respond(level, position(self.begin, name), around, records, steps=level.steps)
 
     def differentiate(self, upper: str, responses: Mapping[str, Response], step: int) -> tuple[Parts, Tensor, Any]:
         """The hypergradient of `upper` by parts, its loss, and what its objective left, at its `step`."""
@@ -147,7 +148,7 @@ class Iteration:
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
-            variables, optimizer = level.optimizer.update(parts.total, at.optimizer, at.variables)
+            variables, optimizer = updated(level.optimizer, self.number, parts.total, at.optimizer, at.variables)
             self.now[name] = Position(variables, {**at.buffers, **aftermath.buffers}, optimizer)
             losses.append(loss)
             measured.append(aftermath.measured)
@@ -203,6 +204,7 @@ class Iteration:
             pullbacks=tuple(self.tally.pullbacks),
             gradients=self.tally.gradients,
             products=self.tally.products,
+            reports=self.tally.reports,
         )
         return state, metrics
 

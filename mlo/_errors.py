@@ -10,8 +10,10 @@ Anything else that escapes is a bug of ours: exit code 1, with its traceback sav
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 
@@ -57,6 +59,41 @@ class MachineError(MloError):
     """The machine, not the user and not the numbers: a full disk, an unwritable folder, too little memory."""
 
     exit_code = 4
+
+
+_MACHINE = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE")
+}
+_UNREACHABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def explained(error: Exception, *own: Path) -> MloError | None:
+    """What an error raised below `mlo` means to a user; None if it is a bug of ours or of the problem's.
+
+    Too little memory, a full disk and the like are the machine's. A path that cannot be reached is the machine's inside
+    the folders `own`, which `mlo` made, and the user's anywhere else: a file of data that is not there.
+    """
+    if _out_of_memory(error):
+        return MachineError(f"out of memory: {str(error).strip() or type(error).__name__}")
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _MACHINE:
+        return MachineError(f"the machine: {error}")
+    if not isinstance(error, _UNREACHABLE):
+        return None
+    named = isinstance(error.filename, str | Path)
+    inside = named and any(Path(error.filename).absolute().is_relative_to(folder.absolute()) for folder in own)
+    forbidden = isinstance(error, PermissionError) and not own
+    return MachineError(f"the machine: {error}") if inside or forbidden else UserError(str(error))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch raises errors of its own: on an accelerator by class, on the CPU known by their words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 @final

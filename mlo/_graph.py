@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from mlo import _engine, _random, _structure, _tree
+from mlo._constraint import Constraints
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
+from mlo._patterns import unmatched
 from mlo._state import Metrics, Parts, State
+from mlo.optimizer import initial
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -50,10 +53,14 @@ class Graph:
         by_name = {level.name: level for level in declared}
         self.order: tuple[str, ...] = _structure.run_order(declared)
         self.levels: Mapping[str, Level] = {name: by_name[name] for name in self.order}
+        found = [Mistake(name, key, what) for name, level in self.levels.items() for key, _, what in unfit(level)]
+        found += objections(self.levels)
+        if found:
+            raise GraphError(found)
         skeletons = {
-            name: Skeleton(level.variables)
+            name: Skeleton(level.variables, Constraints(level.constraints) if level.constraints else None)
             for name, level in self.levels.items()
-            if isinstance(level.variables, nn.Module)
+            if level.constraints or isinstance(level.variables, nn.Module)
         }
         self._plan = _engine.Plan(self.levels, skeletons)
 
@@ -75,19 +82,20 @@ class Graph:
         variables: dict[str, Tree] = {}
         buffers: dict[str, Mapping[str, Tensor]] = {}
         for name, level in self.levels.items():
-            variables[name], own = _numbers_of(name, level.variables)
+            variables[name], own = numbers_of(name, level.variables)
             if isinstance(level.variables, nn.Module):
                 buffers[name] = own
             if name in elsewhere:
-                replaced, own = _numbers_of(name, elsewhere[name])
+                replaced, own = numbers_of(name, elsewhere[name])
                 _refuse_other_shape(name, variables[name], replaced)
                 variables[name] = replaced
                 if own:
                     buffers[name] = own
+            variables[name] = free(level, variables[name])
             if level.optimizer and not _tree.leaves(variables[name]):
                 raise UserError(f"level '{name}' has an optimizer and no variables, or only frozen ones")
         optimizers = {
-            name: level.optimizer.init(variables[name]) for name, level in self.levels.items() if level.optimizer
+            name: initial(level.optimizer, variables[name]) for name, level in self.levels.items() if level.optimizer
         }
         return State(values=variables, buffers=buffers, optimizers=optimizers, seed=seed)
 
@@ -145,7 +153,7 @@ class Graph:
             gradients += times * level.steps
             for lower in self._plan.differentiated(name):
                 below = self.levels[lower]
-                pullback = below.hypergradient.cost(below.steps)
+                pullback = below.hypergradient.cost(below.steps, _size(below.variables))
                 gradients += times * (level.steps * pullback.gradients + max(0, level.steps - 1) * below.steps)
                 products += times * level.steps * pullback.products
                 pullbacks += times * level.steps
@@ -161,7 +169,7 @@ class Graph:
         module = self.levels[name].variables
         if not isinstance(module, nn.Module):
             raise UserError(f"level '{name}' holds tensors and no module")
-        values = state.values[name]
+        values = self._plan.skeletons[name].constrained(state.values[name])
         assert isinstance(values, Mapping)
         copy, tensors = deepcopy(module), {**values, **state.buffers[name]}
         with torch.no_grad():  # not through the state dict: it lacks buffers that are not persistent
@@ -185,7 +193,49 @@ class Graph:
         return batches or {}
 
 
-def _numbers_of(name: str, variables: Any) -> tuple[Tree, dict[str, Tensor]]:
+def objections(levels: Mapping[str, Level]) -> list[Mistake]:
+    """Levels whose response is differentiated by a method that cannot be applied to their optimizer."""
+    pulled = {lower for level in levels.values() for lower in _structure.differentiated(level, levels)}
+    found: list[Mistake] = []
+    for name in sorted(pulled):
+        optimizer = levels[name].optimizer
+        reason = None if optimizer is None else levels[name].hypergradient.objection(optimizer)
+        found += [] if reason is None else [Mistake(name, "hypergradient", reason)]
+    return found
+
+
+def _size(variables: Any) -> int:
+    """How many numbers of a level are trained."""
+    if isinstance(variables, nn.Module):
+        return sum(tensor.numel() for tensor in variables.parameters() if tensor.requires_grad)
+    return sum(tensor.numel() for tensor in (variables.values() if isinstance(variables, Mapping) else [variables]))
+
+
+def unfit(level: Level) -> list[tuple[str, str, str]]:
+    """Patterns of constraints and of parameter groups that match no variable: the level's key, the pattern, the mistake."""
+    variables = level.variables
+    if isinstance(variables, nn.Module):
+        names = [name for name, tensor in variables.named_parameters() if tensor.requires_grad]
+    else:
+        names = list(variables) if isinstance(variables, Mapping) else [""]
+    tables = {"constraints": level.constraints, "optimizer": level.optimizer and level.optimizer.groups}
+    return [
+        (key, pattern, message)
+        for key, table in tables.items()
+        for pattern, message in unmatched(table or (), names).items()
+    ]
+
+
+def free(level: Level, constrained: Tree) -> Tree:
+    """The numbers that the optimizer of `level` moves, from those that its objective sees."""
+    try:
+        return Constraints(level.constraints).inverse(constrained) if level.constraints else constrained
+    except ValueError as error:
+        raise GraphError([Mistake(level.name, "constraints", str(error))]) from None
+
+
+def numbers_of(name: str, variables: Any) -> tuple[Tree, dict[str, Tensor]]:
+    """Clones of what is trained, and of the buffers. Raises `UserError` for what cannot be optimised."""
     if isinstance(variables, nn.Module):
         trained, buffers = numbers(variables)
         return trained, buffers
@@ -204,17 +254,13 @@ def _refuse_other_shape(name: str, declared: Tree, given: Tree) -> None:
         raise GraphError(
             [Mistake(name, "variables", "started with a tensor in place of tensors by name, or the reverse")]
         )
-    pairs = {key: tensor.shape for key, tensor in _named(given).items()}
-    for key, tensor in _named(declared).items():
+    pairs = {key: tensor.shape for key, tensor in _tree.named(given).items()}
+    for key, tensor in _tree.named(declared).items():
         if pairs.pop(key, None) != tensor.shape:
-            other = _named(given).get(key)
+            other = _tree.named(given).get(key)
             found = "nothing" if other is None else f"shape {tuple(other.shape)}"
             raise GraphError(
                 [Mistake(name, "variables", f"'{key}' has shape {tuple(tensor.shape)}, started with {found}")]
             )
     if pairs:
         raise GraphError([Mistake(name, "variables", f"started with unknown tensors: {', '.join(sorted(pairs))}")])
-
-
-def _named(tree: Tree) -> Mapping[str, Tensor]:
-    return tree if isinstance(tree, Mapping) else {"": tree}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, final, get_args
 
 from mlo._errors import UserError
 from mlo._structure import ARROWS
+from mlo._types import Constraint
 from mlo.hypergradient import AbstractHypergradient, Unroll
 from mlo.optimizer import AbstractOptimizer
 
@@ -30,6 +31,10 @@ class Level:
     - `given`: levels the objective reads and holds fixed.
     - `subject_to`: levels whose responses it differentiates through; it reads them too.
     - `against`: the other players of a simultaneous game. Both read the values at the start of the iteration.
+    - `constraints`: by a pattern of names (`*` for a single tensor), `softplus`, `sigmoid` or `softmax` (along the last
+      dimension); the first pattern that matches wins. Objectives see `variables` as they are given here, and these stay
+      where the constraint says; the optimizer moves their preimages, which are what a state holds and what a
+      hypergradient is in.
     - `optimizer`: None makes the level a constant.
     - `steps`: optimizer steps an iteration. With 0 the state counts as the solution.
     - `every`, `warm_up`: the level is due at iteration t = warm_up + every, warm_up + 2·every, …, counted from 1.
@@ -45,6 +50,7 @@ class Level:
     given: tuple[str, ...] = field(default=(), kw_only=True)
     subject_to: tuple[str, ...] = field(default=(), kw_only=True)
     against: tuple[str, ...] = field(default=(), kw_only=True)
+    constraints: Mapping[str, Constraint] = field(default_factory=dict[str, Constraint], kw_only=True)
     optimizer: AbstractOptimizer | None = field(default=None, kw_only=True)
     steps: int = field(default=1, kw_only=True)
     every: int = field(default=1, kw_only=True)
@@ -60,6 +66,10 @@ class Level:
                     f"level '{self.name}', {arrow}: expected a tuple of names, got '{names}'; write ('{names}',)"
                 )
             object.__setattr__(self, arrow, tuple(names))
+        for pattern, constraint in self.constraints.items():
+            if constraint not in get_args(Constraint):
+                expected = f"expected {', '.join(get_args(Constraint))}, got {constraint!r}"
+                raise UserError(f"level '{self.name}', constraints, '{pattern}': {expected}")
         if self.optimizer is not None and not isinstance(self.optimizer, AbstractOptimizer):
             raise UserError(f"level '{self.name}', optimizer: expected one of mlo.optimizer, got {self.optimizer!r}")
         if not isinstance(self.hypergradient, AbstractHypergradient):

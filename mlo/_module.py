@@ -11,25 +11,36 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from mlo._constraint import Constraints
 from mlo._errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mlo._types import Tree
+
 
 @final
 class Skeleton:
-    """A module's code without its numbers: one copy in training mode and one in evaluation mode, on the meta device.
+    """What stands between a level's numbers and what objectives see of them: a module's code, constraints, or both.
 
-    The caller's module is copied and never touched, not even its mode; a parameter that is not handed over cannot be
-    replaced by a stale one, since there is none.
+    The code is kept in one copy in training mode and one in evaluation mode, on the meta device. The caller's module is
+    copied and never touched, not even its mode; a parameter that is not handed over cannot be replaced by a stale one,
+    since there is none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)}
-        self.written = frozenset(name for name, _ in module.named_buffers())
+    def __init__(self, variables: object, constraints: Constraints | None = None) -> None:
+        module = variables if isinstance(variables, nn.Module) else None
+        self.runs = module is not None
+        self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)} if module else {}
+        self.written = frozenset(name for name, _ in module.named_buffers()) if module else frozenset[str]()
         """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
-        self._ties = _ties(module)
+        self._ties = _ties(module) if module else {}
+        self._constraints = constraints
+
+    def constrained(self, variables: Tree) -> Tree:
+        """The numbers that objectives see, from those that the optimizer moves."""
+        return variables if self._constraints is None else self._constraints.apply(variables)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool

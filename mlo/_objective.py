@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
-from mlo import _random, _tree
+from mlo import _random
 from mlo._autodiff import linearise
 from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
-from mlo._reduction import reduced
+from mlo._reduction import reduced_trees
 from mlo._structure import reads
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a step drew: its batch, the seed of its noise, and the discrete choices made from values.
+    """What a step drew: its batch, the seed of its noise, and the discrete choices made from values; and its iteration.
 
     Every evaluation that belongs to the step uses the same record. `choices` is None until the step has been evaluated
     for the first time.
@@ -33,6 +33,7 @@ class Record:
 
     batch: Any
     seed: int
+    iteration: int
     choices: Mapping[str, Any] | None = None
 
     def with_choices(self, choices: Mapping[str, Any]) -> Record:
@@ -60,11 +61,16 @@ class UnlistedLevelError(UserError, KeyError):
 class Values(Mapping[str, Any]):
     """The levels an objective may read: `values[name]` is a tensor, tensors by name, or a module that can be called."""
 
-    def __init__(self, reader: str, views: Mapping[str, Any], choices: Mapping[str, Any] | None) -> None:
+    def __init__(self, reader: str, views: Mapping[str, Any], record: Record) -> None:
         self._reader = reader
         self._views = views
-        self._recorded = choices
-        self.choices: dict[str, Any] = dict(choices or {})
+        self._record = record
+        self.choices: dict[str, Any] = dict(record.choices or {})
+
+    @property
+    def iteration(self) -> int:
+        """The number of the iteration, counted from 1: what an objective that changes with time depends on."""
+        return self._record.iteration
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -90,7 +96,7 @@ class Values(Mapping[str, Any]):
         or tensors in tuples or mappings, which are detached; `name` tells the choices of one objective apart.
         """
         if name not in self.choices:
-            if self._recorded is not None:
+            if self._record.choices is not None:
                 raise UserError(
                     f"the objective of level '{self._reader}' made the choice '{name}' in a re-evaluation only"
                 )
@@ -122,7 +128,7 @@ def evaluate(
     Raises `UserError` for a loss that is not one finite-precision number.
     """
     views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in reads(level)}
-    visible = Values(level.name, views, record.choices)
+    visible = Values(level.name, views, record)
     _random.reseed(record.seed)
     assert level.objective is not None
     answer = level.objective(visible, record.batch)
@@ -140,6 +146,9 @@ def evaluate(
 def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton | None) -> Any:
     """What an objective sees of one level."""
     if skeleton is None:
+        return value
+    value = skeleton.constrained(value)
+    if not skeleton.runs:
         return value
     assert isinstance(value, Mapping)
     return ModuleVariables(skeleton, value, buffers or {})
@@ -164,9 +173,4 @@ def partials(
     loss, aftermath, pull = linearise(objective, {name: values[name] for name in towards})
     assert isinstance(loss, torch.Tensor)
     found = pull(torch.ones_like(loss), towards)
-    summed = iter(reduced([tensor for tree in found.values() for tensor in _tree.leaves(tree)]))
-    return (
-        {name: _tree.rebuild(tree, [next(summed) for _ in _tree.leaves(tree)]) for name, tree in found.items()},
-        loss,
-        aftermath,
-    )
+    return reduced_trees(found), loss, aftermath

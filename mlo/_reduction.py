@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as distributed
 
+from mlo import _tree
 from mlo._errors import UserError
 
 if TYPE_CHECKING:
@@ -14,19 +15,29 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mlo._types import Upstream
+
 
 def reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The mean of `tensors` over the processes of the default group; without a group, `tensors` themselves.
 
     Exact for objectives that are means over samples, where every process holds equally many. One all-reduce.
     """
-    if not _several():
+    if not tensors or not _several():
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def reduced_trees(trees: Upstream) -> Upstream:
+    """`reduced` for all tensors of `trees` together."""
+    if not _several():
+        return trees
+    parts = iter(reduced([tensor for tree in trees.values() for tensor in _tree.leaves(tree)]))
+    return {name: _tree.rebuild(tree, [next(parts) for _ in _tree.leaves(tree)]) for name, tree in trees.items()}
 
 
 def refuse_recording(level: str) -> None:

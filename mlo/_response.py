@@ -2,150 +2,104 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from mlo import _tree
 from mlo._autodiff import linearise, recorded_gradient
-from mlo._errors import GraphError, Mistake
-from mlo._objective import Aftermath, Record, evaluate, partials
+from mlo._linearisation import Linearisation
+from mlo._objective import Aftermath, Record, evaluate
 from mlo._reduction import refuse_recording
-from mlo.hypergradient import AbstractResponse, AbstractStep
-from mlo.optimizer import OptimizerState
+from mlo._step import Position, Step, Surroundings, connected, take
+from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
+from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._level import Level
-    from mlo._module import Skeleton
-    from mlo._state import Tally
     from mlo._types import Tree, Upstream
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Position:
-    """Where a level stands: variables, buffers, optimizer state."""
-
-    variables: Tree
-    buffers: Mapping[str, Tensor]
-    optimizer: OptimizerState
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """What a level sees around it while it takes its steps: held fixed but for the levels in `live`."""
-
-    skeletons: Mapping[str, Skeleton]
-    values: Mapping[str, Tree]
-    buffers: Mapping[str, Mapping[str, Tensor]]
-    live: tuple[str, ...]
-    tally: Tally
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Step(AbstractStep):
-    """One optimizer step that was taken."""
-
-    level: Level
-    around: Surroundings
-    at: Position
-    record: Record
-    gradient: Tree
-
-    @property
-    def start(self) -> Tree:
-        """See `AbstractStep`."""
-        return self.at.variables
-
-    def pull_update(self, cotangent: Tree) -> Tree:
-        """See `AbstractStep`."""
-        optimizer = self.level.optimizer
-        assert optimizer is not None
-
-        def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
-            return optimizer.update(moving[""], self.at.optimizer, self.at.variables)[0], ()
-
-        _, _, pull = linearise(update, {"": self.gradient})
-        return pull(cotangent, ("",))[""]
-
-    def gradient_of_reads(self, variables: Tree) -> Upstream:
-        """See `AbstractStep`."""
-        self.around.tally.gradients += 1
-        values = {**self.around.values, self.level.name: variables}
-        buffers = {**self.around.buffers, self.level.name: self.at.buffers}
-        return partials(self.level, self.around.skeletons, values, buffers, self.record, self.around.live)[0]
-
-
-@final
-@dataclass(frozen=True, eq=False)
 class Response(AbstractResponse):
-    """The steps of one level in one iteration: where they led, what they measured, and how to pull back."""
+    """The steps of one level in one iteration: where they led, what they measured, and how to pull back.
+
+    `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
+    """
 
     level: Level
     end: Position
     losses: tuple[Tensor, ...]
     measured: tuple[Mapping[str, Tensor], ...]
     around: Surroundings
-    last_step: Step | None
-    recorded_steps: int
-    pull: Callable[..., Upstream] | None
+    kept: tuple[Step, ...]
+    rest: tuple[Record, Mapping[str, Tensor]]
+    recorded: int = 0
+    pull: Callable[..., Upstream] | None = None
 
     @property
     def steps(self) -> int:
         """See `AbstractResponse`."""
         return len(self.losses)
 
+    @property
+    def size(self) -> int:
+        """See `AbstractResponse`."""
+        return _tree.size(self.end.variables)
+
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
         assert self.pull is not None, "no step was recorded"
-        self.around.tally.products += self.recorded_steps
+        self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
-    def last(self) -> AbstractStep:
+    def taken(self) -> Sequence[AbstractStep]:
         """See `AbstractResponse`."""
-        assert self.last_step is not None, "no step was taken"
-        return self.last_step
+        return self.kept
+
+    def linearise(self) -> AbstractLinearisation:
+        """See `AbstractResponse`."""
+        record, buffers = self.rest
+        at = Position(self.end.variables, buffers, self.end.optimizer)
+        return Linearisation(self.level, self.around, at, record)
 
 
-def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record]) -> Response:
-    """The response of `level`: one optimizer step from `start` for each of `records`.
+def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record], *, steps: int) -> Response:
+    """The response of `level`: `steps` optimizer steps from `start`, one for each of `records`.
 
-    If levels around it are live, as many steps at the end as its method asks for are recorded for differentiation. One
-    gradient a step.
+    Without steps, the one record is what a linearisation at `start` is evaluated on. If levels around it are live, as
+    much of the steps is kept as its method asks for. One gradient a step.
     """
-    recorded = min(len(records), level.hypergradient.recorded(len(records))) if around.live else 0
-    plain = len(records) - recorded
-    position, losses, measured, last = start, [], [], None
-    for record in records[:plain]:
-        position, last, loss, seen = _step(level, position, around, record)
+    tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if around.live else Tape(0, 0)
+    recorded = min(steps, tape.recorded)
+    position, losses, measured = start, list["Tensor"](), list[Mapping[str, "Tensor"]]()
+    kept: deque[Step] = deque(maxlen=max(1, tape.kept))
+    rest = (records[-1], start.buffers)
+    for record in records[: steps - recorded]:
+        position, last, loss, seen = take(level, position, around, record)
+        rest = (last.record, last.at.buffers)
+        kept.append(last)
         losses.append(loss)
         measured.append(seen)
-    pull = None
-    if recorded:
-        refuse_recording(level.name)
-        position, late_losses, late_measured, pull = _record(level, position, around, records[plain:])
-        losses += late_losses
-        measured += late_measured
-        last = None
-    return Response(level, position, tuple(losses), tuple(measured), around, last, recorded, pull)
-
-
-def _step(
-    level: Level, at: Position, around: Surroundings, record: Record
-) -> tuple[Position, Step, Tensor, Mapping[str, Tensor]]:
-    around.tally.gradients += 1
-    values = {**around.values, level.name: at.variables}
-    buffers = {**around.buffers, level.name: at.buffers}
-    found, loss, aftermath = partials(level, around.skeletons, values, buffers, record, (level.name,))
-    gradient = _connected(level, found.get(level.name))
-    assert level.optimizer is not None
-    variables, optimizer = level.optimizer.update(gradient, at.optimizer, at.variables)
-    step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
-    return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath.measured
+    if not recorded:
+        return Response(level, position, tuple(losses), tuple(measured), around, tuple(kept), rest)
+    refuse_recording(level.name)
+    position, late_losses, late_measured, pull = _record(level, position, around, records[steps - recorded : steps])
+    return Response(
+        level,
+        position,
+        (*losses, *late_losses),
+        (*measured, *late_measured),
+        around,
+        (),
+        rest,
+        recorded,
+        pull,
+    )
 
 
 def _record(
@@ -166,8 +120,8 @@ def _record(
                 return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record)
 
             found, loss, aftermath = recorded_gradient(objective, at.variables)
-            gradient = _connected(level, found)
-            variables, state = optimizer.update(gradient, at.optimizer, at.variables)
+            gradient = connected(level, found)
+            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             measured.append(aftermath.measured)
@@ -179,9 +133,3 @@ def _record(
     )
     count = start.optimizer.count + len(records)
     return Position(variables, buffers, OptimizerState(count=count, moments=moments)), losses, measured, pull
-
-
-def _connected(level: Level, gradient: Tree | None) -> Tree:
-    if gradient is None:
-        raise GraphError([Mistake(level.name, "objective", "it does not depend on the level's own variables")])
-    return gradient

@@ -115,6 +115,7 @@ class Metrics:
     - `measured`: what objectives measured beside their loss, the mean over the level's steps.
     - `pullbacks`: pairs (upper, level), in the order they were made.
     - `gradients`, `products`: reverse passes of first and of second order.
+    - `reports`: by the pair (upper, level), what the level's method says of how its last pullback went: residuals.
     """
 
     losses: Mapping[str, Tensor]
@@ -123,6 +124,9 @@ class Metrics:
     pullbacks: tuple[tuple[str, str], ...]
     gradients: int
     products: int
+    reports: Mapping[tuple[str, str], Mapping[str, Tensor]] = field(
+        default_factory=dict[tuple[str, str], "Mapping[str, Tensor]"]
+    )
 
 
 @dataclass
@@ -132,3 +136,6 @@ class Tally:
     gradients: int = 0
     products: int = 0
     pullbacks: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    reports: dict[tuple[str, str], dict[str, Tensor]] = field(
+        default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
+    )

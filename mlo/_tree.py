@@ -19,6 +19,11 @@ def leaves(tree: Tree) -> list[Tensor]:
     return list(tree.values()) if isinstance(tree, Mapping) else [tree]
 
 
+def named(tree: Tree) -> Mapping[str, Tensor]:
+    """The tensors of `tree` by name; a single one has the empty name."""
+    return tree if isinstance(tree, Mapping) else {"": tree}
+
+
 def rebuild(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
     """A tree shaped like `tree` that holds `tensors`, given in the order of `leaves(tree)`."""
     if isinstance(tree, Mapping):
@@ -82,6 +87,11 @@ def norm(tree: Tree) -> Tensor:
 def sum_of(tree: Tree) -> Tensor:
     """The sum of all entries, a zero-dimensional tensor: finite if they are, short of overflow."""
     return _sum([tensor.sum() for tensor in leaves(tree)])
+
+
+def size(tree: Tree) -> int:
+    """How many numbers `tree` holds."""
+    return sum(tensor.numel() for tensor in leaves(tree))
 
 
 def total(trees: Iterable[Tree]) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,3 +16,6 @@ Upstream: TypeAlias = "Mapping[str, Tree]"
 
 Objective: TypeAlias = "Callable[[Any, Any], Any]"
 """`objective(values, batch)` giving a loss, or a loss and a mapping of measurements."""
+
+Constraint: TypeAlias = Literal["softplus", "sigmoid", "softmax"]
+"""Where variables must stay: above 0, between 0 and 1, or a distribution along the last dimension."""

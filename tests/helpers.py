@@ -83,10 +83,44 @@ def adam_by_hand(rate: float, beta1: float = 0.9, beta2: float = 0.999, epsilon:
     return update
 
 
+def adamw_by_hand(rate: float, decay: float, epsilon: float = 1e-8) -> HandUpdate:
+    """Loshchilov and Hutter 2019, Alg. 2: Adam's step from variables that have decayed, of a gradient that has not."""
+    adam = adam_by_hand(rate, epsilon=epsilon)
+
+    def update(w: Tensors, g: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
+        return adam({name: (1 - rate * decay) * w[name] for name in w}, g, memory)
+
+    return update
+
+
+def rmsprop_by_hand(
+    rate: float,
+    alpha: float = 0.99,
+    epsilon: float = 1e-8,
+    momentum: float = 0.0,
+    decay: float = 0.0,
+    *,
+    centered: bool = False,
+) -> HandUpdate:
+    """v ← αv + (1 − α)g²; w ← w − η g/(√v + ε), with a heavy ball on the quotient, and √(v − ḡ²) where centered."""
+
+    def update(w: Tensors, g: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
+        count, moments = memory
+        g = {name: g[name] + decay * w[name] for name in w}
+        square = {name: alpha * moments["square"][name] + (1 - alpha) * g[name] ** 2 for name in w}
+        mean = {name: alpha * moments["mean"][name] + (1 - alpha) * g[name] for name in w}
+        spread = {name: square[name] - mean[name] ** 2 if centered else square[name] for name in w}
+        b = {name: momentum * moments["momentum"][name] + g[name] / (spread[name].sqrt() + epsilon) for name in w}
+        new = {name: w[name] - rate * b[name] for name in w}
+        return new, (count + 1, {"square": square, "mean": mean, "momentum": b})
+
+    return update
+
+
 def no_memory(w: Any) -> Memory:
     """Where every optimizer above begins."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in named(w).items()}
-    return 0, {"momentum": zeros, "first": zeros, "second": zeros}
+    return 0, dict.fromkeys(("momentum", "first", "second", "square", "mean"), zeros)
 
 
 def memory_of(state: mlo.State, level: str) -> Memory:
@@ -116,6 +150,12 @@ optimizers = {  # of the engine, and by hand
         sgd_by_hand(0.05, 0.9, nesterov=True),
     ),
     "adam": (mlo.optimizer.Adam(learning_rate=0.02), adam_by_hand(0.02)),
+    "adamw": (mlo.optimizer.AdamW(learning_rate=0.02, weight_decay=0.3), adamw_by_hand(0.02, 0.3)),
+    "rmsprop": (mlo.optimizer.RMSprop(learning_rate=0.02), rmsprop_by_hand(0.02)),
+    "centered": (
+        mlo.optimizer.RMSprop(learning_rate=0.02, alpha=0.9, momentum=0.5, weight_decay=0.1, centered=True),
+        rmsprop_by_hand(0.02, 0.9, momentum=0.5, decay=0.1, centered=True),
+    ),
 }
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlo._types import Tree, Upstream
+    from mlo.optimizer import AbstractOptimizer
 
 
 class Cost(NamedTuple):
@@ -16,6 +20,17 @@ class Cost(NamedTuple):
     products: int
 
 
+class Tape(NamedTuple):
+    """What a level keeps of the steps it takes, counted from the last one back.
+
+    - `recorded`: steps whose graph is kept while they are taken, to be differentiated in one sweep.
+    - `kept`: steps of which only start, gradient and draws are kept, to be evaluated again.
+    """
+
+    recorded: int
+    kept: int
+
+
 class AbstractHypergradient(ABC):
     """The pullback of a response, seen as a primitive of reverse-mode differentiation.
 
@@ -23,12 +38,16 @@ class AbstractHypergradient(ABC):
     """
 
     @abstractmethod
-    def recorded(self, steps: int) -> int:
-        """Of `steps` optimizer steps, how many at the end must be recorded for differentiation while they are taken."""
+    def tape(self, steps: int, size: int) -> Tape:
+        """What must be kept of `steps` optimizer steps of a level with `size` numbers."""
 
     @abstractmethod
-    def cost(self, steps: int) -> Cost:
-        """What one pullback over `steps` steps costs beyond the steps themselves."""
+    def cost(self, steps: int, size: int) -> Cost:
+        """What one pullback costs beyond the steps themselves; an upper bound where there is a tolerance."""
+
+    @abstractmethod
+    def objection(self, optimizer: AbstractOptimizer) -> str | None:
+        """Why a response of `optimizer` cannot be pulled back like this, or None."""
 
     @abstractmethod
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
@@ -47,17 +66,26 @@ class AbstractResponse(ABC):
     def steps(self) -> int:
         """How many optimizer steps were taken; with 0 the state itself is the response."""
 
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many numbers the level holds."""
+
     @abstractmethod
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step."""
 
     @abstractmethod
-    def last(self) -> AbstractStep:
-        """The last step; there is none where `steps` is 0."""
+    def taken(self) -> Sequence[AbstractStep]:
+        """The steps that were kept, in the order in which they were taken; the last one always is, if there is one."""
+
+    @abstractmethod
+    def linearise(self) -> AbstractLinearisation:
+        """The gradient of what the optimizer minimises, linearised at the response. One gradient."""
 
 
 class AbstractStep(ABC):
-    """The last optimizer step w' = w − …(g), linearised where it started."""
+    """One optimizer step (w', s') = (w, s) − …(g(w, u)) with the optimizer's moments s, linearised where it started."""
 
     @property
     @abstractmethod
@@ -71,3 +99,56 @@ class AbstractStep(ABC):
     @abstractmethod
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
+
+    @abstractmethod
+    def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
+        """From cotangents on w' and on the moments s' to those on w, on s, and on u. One gradient and one product.
+
+        A moment that is absent has no cotangent.
+        """
+
+
+class AbstractLinearisation(ABC):
+    """f at a response, with the L2 decay that its optimizer adds, linearised once; every use has the same draws."""
+
+    @property
+    @abstractmethod
+    def variables(self) -> Tree:
+        """w*, where it is linearised."""
+
+    @abstractmethod
+    def hessian(self, direction: Tree) -> Tree:
+        """(∂²f/∂w²) v. One product."""
+
+    @abstractmethod
+    def cross(self, direction: Tree) -> Upstream:
+        """(∂²f/∂w∂u)ᵀ v for the levels u that are asked for and that ∂f/∂w depends on. One product."""
+
+    @abstractmethod
+    def gradient_of_reads(self, variables: Tree) -> Upstream:
+        """∂f/∂u with the level's own variables at `variables`. One gradient."""
+
+    @abstractmethod
+    def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
+        """(∂²f/∂w² + damping · I)⁻¹ λ with the whole matrix; not a number where it is singular. n products."""
+
+    @abstractmethod
+    def is_false(self, flag: Tensor) -> bool:
+        """Whether `flag` is known to be false. Looking costs a synchronisation, so it is not always looked at."""
+
+    @abstractmethod
+    def report(self, name: str, value: Tensor) -> None:
+        """Say how the pullback went: a zero-dimensional tensor for `Metrics.reports`."""
+
+
+class AbstractCross(ABC):
+    """How a cross product is computed."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> Cost:
+        """Of one cross product."""
+
+    @abstractmethod
+    def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:
+        """(∂²f/∂w∂u)ᵀ v."""

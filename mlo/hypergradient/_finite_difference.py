@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from mlo import _tree
-from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Tape
+from mlo.hypergradient._cross import central_difference
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
+    from mlo.optimizer import AbstractOptimizer
 
 
 @final
@@ -39,22 +40,21 @@ class FiniteDifference(AbstractHypergradient):
         if not self.radius > 0:
             raise ValueError(f"radius must be positive, got {self.radius}")
 
-    def recorded(self, steps: int) -> int:
-        """None: only the start of the last step is kept."""
-        return 0
+    def tape(self, steps: int, size: int) -> Tape:
+        """The last step, unrecorded."""
+        return Tape(recorded=0, kept=1)
 
-    def cost(self, steps: int) -> Cost:
+    def cost(self, steps: int, size: int) -> Cost:
         """Two gradients, however many steps."""
         return Cost(gradients=2 if steps else 0, products=0)
+
+    def objection(self, optimizer: AbstractOptimizer) -> str | None:
+        """None: every optimizer's update can be pulled back."""
+        return None
 
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class. With no steps the response depends on nothing."""
         if not response.steps:
             return {}
-        step = response.last()
-        direction = step.pull_update(cotangent)
-        length = _tree.norm(direction)
-        epsilon = self.radius / (length + (length == 0))  # any ε will do where q = 0: both sides are then the same
-        above = step.gradient_of_reads(_tree.add(step.start, direction, scale=epsilon))
-        below = step.gradient_of_reads(_tree.add(step.start, direction, scale=-epsilon))
-        return {name: _tree.scale(_tree.subtract(above[name], below[name]), by=0.5 / epsilon) for name in above}
+        step = response.taken()[-1]
+        return central_difference(step.gradient_of_reads, step.start, step.pull_update(cotangent), self.radius)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost
+from mlo import _tree
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Tape
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
+    from mlo.optimizer import AbstractOptimizer
+
+LARGE = 10_000_000
+"""Numbers moved in all steps together above which steps are replayed unless told otherwise."""
 
 
 @final
@@ -20,18 +25,47 @@ class Unroll(AbstractHypergradient):
 
         ū = (dw_k/du)ᵀ λ        (Franceschi et al. 2017, Alg. 1, "reverse-HG")
 
-    Exact for the response as it was computed, up to rounding. Costs one second-order reverse pass a step. The steps are
-    recorded while they are taken, so memory grows by one activation set a step.
+    Exact for the response as it was computed, up to rounding. Directly, the steps are recorded while they are taken: one
+    product (a second-order reverse pass) a step, and memory for one activation set a step. Replayed, only variables and
+    moments are kept, and the sweep back evaluates each step again: one gradient and one product a step, memory for one
+    activation set in all. Both give the same numbers up to rounding.
+
+    - `last`: sweep over this many steps at the end and hold the ones before fixed (Shaban et al. 2019, "truncated").
+    - `replay`: true or false; by default steps are replayed where steps × variables exceed ten million.
     """
 
-    def recorded(self, steps: int) -> int:
-        """All of them."""
-        return steps
+    last: int | None = None
+    replay: bool | None = None
 
-    def cost(self, steps: int) -> Cost:
-        """One product a step."""
-        return Cost(gradients=0, products=steps)
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"last must be at least 1, got {self.last}")
+
+    def tape(self, steps: int, size: int) -> Tape:
+        """The steps that are swept over, recorded or kept."""
+        swept = steps if self.last is None else min(self.last, steps)
+        replayed = swept * size > LARGE if self.replay is None else self.replay
+        return Tape(recorded=0, kept=swept) if replayed else Tape(recorded=swept, kept=0)
+
+    def cost(self, steps: int, size: int) -> Cost:
+        """One product a step that is swept over, and one gradient where it is replayed."""
+        recorded, kept = self.tape(steps, size)
+        return Cost(gradients=kept, products=recorded + kept)
+
+    def objection(self, optimizer: AbstractOptimizer) -> str | None:
+        """None: every optimizer is differentiable."""
+        return None
 
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class. With no steps the response depends on nothing."""
-        return response.pull_recorded(cotangent) if response.steps else {}
+        if not response.steps:
+            return {}
+        if self.tape(response.steps, response.size).recorded:
+            return response.pull_recorded(cotangent)
+        total: dict[str, Tree] = {}
+        moments: Upstream = {}
+        for step in reversed(response.taken()):
+            cotangent, moments, upstream = step.replay(cotangent, moments)
+            for name, tree in upstream.items():
+                total[name] = _tree.add(total[name], tree) if name in total else tree
+        return total

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
-from mlo.optimizer._abstract import AbstractOptimizer, OptimizerState, at_least_zero, fraction, positive
+from mlo.optimizer._abstract import (
+    AbstractOptimizer,
+    Groups,
+    OptimizerState,
+    at_least_zero,
+    check_shared,
+    fraction,
+    plain,
+    positive,
+)
+from mlo.optimizer._moments import adaptive_step, two_moments
+from mlo.schedule._abstract import Number
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mlo._types import Tree
 
 
@@ -31,15 +40,21 @@ class Adam(AbstractOptimizer):
     - `beta1`, `beta2`: the decay of the first and second moment.
     - `epsilon`: ε, in units of the gradient.
     - `weight_decay`: in units of curvature.
+    - `clip_norm`: the gradient is shortened to this Euclidean norm, over all variables of the level, before all else.
+    - `clip_value`: its entries are cut to this size before that.
+    - `groups`: other options for parameters by a pattern of their names, `{"*.bias": {"weight_decay": 0}}`.
 
     Raises ValueError for settings outside these ranges.
     """
 
-    learning_rate: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    learning_rate: Number = 1e-3
+    beta1: Number = 0.9
+    beta2: Number = 0.999
+    epsilon: Number = 1e-8
+    weight_decay: Number = 0.0
+    clip_norm: Number | None = None
+    clip_value: Number | None = None
+    groups: Groups | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)
@@ -47,33 +62,26 @@ class Adam(AbstractOptimizer):
         fraction("beta2", self.beta2)
         at_least_zero("epsilon", self.epsilon)
         at_least_zero("weight_decay", self.weight_decay)
+        check_shared(self)
 
     def init(self, parameters: Tree) -> OptimizerState:
         """Zero first and second moments."""
-        return OptimizerState(moments={"first": _tree.zeros(parameters), "second": _tree.zeros(parameters)})
+        return two_moments(parameters)
 
     def update(self, gradient: Tree, state: OptimizerState, parameters: Tree) -> tuple[Tree, OptimizerState]:
         """One step, see the class."""
-        count = state.count + 1
         if self.weight_decay:
-            gradient = _tree.add(gradient, parameters, scale=self.weight_decay)
-        first = _tree.apply(lambda m, g: m.lerp(g, 1 - self.beta1), state.moments["first"], gradient)
-        second = _tree.apply(
-            lambda v, g: (v * self.beta2).addcmul(g, g, value=1 - self.beta2), state.moments["second"], gradient
+            gradient = _tree.add(gradient, parameters, scale=plain(self.weight_decay))
+        return adaptive_step(
+            gradient,
+            state,
+            parameters,
+            rate=plain(self.learning_rate),
+            betas=(plain(self.beta1), plain(self.beta2)),
+            epsilon=plain(self.epsilon),
         )
-        size = self.learning_rate / (1 - self.beta1**count)
-        spread = (1 - self.beta2**count) ** 0.5
 
-        def move(parameter: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            return parameter.addcdiv(m, _root(v) / spread + self.epsilon, value=-size)
-
-        updated = _tree.apply(move, parameters, first, second)
-        return updated, OptimizerState(count=count, moments={"first": first, "second": second})
-
-
-def _root(square: Tensor) -> Tensor:
-    """√square, with derivative 0 where `square` is 0."""
-    if not square.requires_grad:
-        return square.sqrt()
-    nothing = (square == 0).to(square.dtype)
-    return (square + nothing).sqrt() - nothing  # √1 − 1 at zero, where the derivative of `square` is zero too
+    @property
+    def l2_decay(self) -> Number:
+        """See `AbstractOptimizer`."""
+        return self.weight_decay

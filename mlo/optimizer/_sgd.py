@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
-from mlo.optimizer._abstract import AbstractOptimizer, OptimizerState, at_least_zero, fraction, positive
+from mlo.optimizer._abstract import (
+    AbstractOptimizer,
+    Groups,
+    OptimizerState,
+    at_least_zero,
+    check_shared,
+    fraction,
+    plain,
+    positive,
+)
+from mlo.schedule._abstract import Number
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -28,15 +38,21 @@ class SGD(AbstractOptimizer):
     - `momentum`, `dampening`: without unit; `momentum` below 1.
     - `nesterov`: needs momentum and no dampening.
     - `weight_decay`: in units of curvature.
+    - `clip_norm`: the gradient is shortened to this Euclidean norm, over all variables of the level, before all else.
+    - `clip_value`: its entries are cut to this size before that.
+    - `groups`: other options for parameters by a pattern of their names, `{"*.bias": {"weight_decay": 0}}`.
 
     Raises ValueError for settings outside these ranges.
     """
 
-    learning_rate: float
-    momentum: float = 0.0
-    dampening: float = 0.0
+    learning_rate: Number
+    momentum: Number = 0.0
+    dampening: Number = 0.0
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: Number = 0.0
+    clip_norm: Number | None = None
+    clip_value: Number | None = None
+    groups: Groups | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)
@@ -44,6 +60,7 @@ class SGD(AbstractOptimizer):
         at_least_zero("weight_decay", self.weight_decay)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
+        check_shared(self)
 
     def init(self, parameters: Tree) -> OptimizerState:
         """A zero momentum buffer, or nothing without momentum."""
@@ -51,13 +68,18 @@ class SGD(AbstractOptimizer):
 
     def update(self, gradient: Tree, state: OptimizerState, parameters: Tree) -> tuple[Tree, OptimizerState]:
         """One step, see the class."""
-        direction = _tree.add(gradient, parameters, scale=self.weight_decay) if self.weight_decay else gradient
+        direction = _tree.add(gradient, parameters, scale=plain(self.weight_decay)) if self.weight_decay else gradient
         moments = state.moments
-        if self.momentum:
-            weight = 1.0 if state.count == 0 else 1.0 - self.dampening
-            decayed = _tree.scale(state.moments["momentum"], by=self.momentum)
-            velocity = _tree.add(decayed, direction, scale=weight)
-            direction = _tree.add(direction, velocity, scale=self.momentum) if self.nesterov else velocity
+        if "momentum" in moments:
+            momentum = plain(self.momentum)
+            weight = 1.0 if state.count == 0 else 1.0 - plain(self.dampening)
+            velocity = _tree.add(_tree.scale(moments["momentum"], by=momentum), direction, scale=weight)
+            direction = _tree.add(direction, velocity, scale=momentum) if self.nesterov else velocity
             moments = {"momentum": velocity}
-        updated = _tree.add(parameters, direction, scale=-self.learning_rate)
+        updated = _tree.add(parameters, direction, scale=-plain(self.learning_rate))
         return updated, OptimizerState(count=state.count + 1, moments=moments)
+
+    @property
+    def l2_decay(self) -> Number:
+        """See `AbstractOptimizer`."""
+        return self.weight_decay

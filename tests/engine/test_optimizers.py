@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adam_by_hand, normal, relative_error, respond_by_hand, same_bits
+from helpers import (
+    adam_by_hand,
+    adamw_by_hand,
+    normal,
+    relative_error,
+    respond_by_hand,
+    rmsprop_by_hand,
+    same_bits,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mlo
-from mlo.optimizer import SGD, Adam
+from mlo.optimizer import SGD, Adam, AdamW, RMSprop
 
 torch_twins = [  # ours, and torch's with the same settings
     (SGD(learning_rate=0.1), torch.optim.SGD, {"lr": 0.1}),
@@ -46,6 +54,24 @@ torch_twins = [  # ours, and torch's with the same settings
         {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-4},
     ),
     (Adam(learning_rate=0.01, beta1=0.0, beta2=0.99), torch.optim.Adam, {"lr": 0.01, "betas": (0.0, 0.99)}),
+    (AdamW(), torch.optim.AdamW, {}),
+    (AdamW(learning_rate=0.1, weight_decay=0.2), torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2}),
+    (AdamW(weight_decay=0.0), torch.optim.AdamW, {"weight_decay": 0.0}),
+    (
+        AdamW(learning_rate=0.01, beta1=0.5, beta2=0.9, epsilon=1e-4),
+        torch.optim.AdamW,
+        {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-4},
+    ),
+    (RMSprop(), torch.optim.RMSprop, {}),
+    (RMSprop(learning_rate=0.1, alpha=0.9, epsilon=1e-3), torch.optim.RMSprop, {"lr": 0.1, "alpha": 0.9, "eps": 1e-3}),
+    (RMSprop(momentum=0.8), torch.optim.RMSprop, {"momentum": 0.8}),
+    (RMSprop(weight_decay=0.1), torch.optim.RMSprop, {"weight_decay": 0.1}),
+    (RMSprop(centered=True), torch.optim.RMSprop, {"centered": True}),
+    (
+        RMSprop(learning_rate=0.02, alpha=0.8, momentum=0.9, weight_decay=0.05, centered=True, epsilon=1e-6),
+        torch.optim.RMSprop,
+        {"lr": 0.02, "alpha": 0.8, "momentum": 0.9, "weight_decay": 0.05, "centered": True, "eps": 1e-6},
+    ),
 ]
 
 
@@ -151,6 +177,60 @@ def test_adam_where_a_gradient_is_exactly_zero(method, steps):
     assert torch.equal(after.values["w"]["unused"], torch.ones(2))
 
 
+through_zero = [  # the engine's, by hand
+    (AdamW(learning_rate=0.05, weight_decay=0.1, epsilon=1e-2), adamw_by_hand(0.05, 0.1, epsilon=1e-2)),
+    (AdamW(learning_rate=0.05), adamw_by_hand(0.05, 0.01)),
+    (RMSprop(learning_rate=0.05, epsilon=1e-2), rmsprop_by_hand(0.05, epsilon=1e-2)),
+    (RMSprop(learning_rate=0.01), rmsprop_by_hand(0.01)),
+    (
+        RMSprop(learning_rate=0.01, alpha=0.9, momentum=0.9, centered=True),
+        rmsprop_by_hand(0.01, 0.9, momentum=0.9, centered=True),
+    ),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize(("ours", "by_hand"), through_zero)
+def test_unrolling_equals_autograd_and_zero_gradients_pass_nothing_on(ours, by_hand, steps):
+    """The entries that always have a zero gradient are left out of the computation by hand: autograd has NaN there."""
+
+    def inner(values: Any, batch: Any) -> torch.Tensor:
+        w, u = values["w"], values["u"]
+        return (w[2:] * u).exp().sum() + w[2:].square().sum() + (torch.relu(-1.0 - w[:2].square()) * u[:2]).sum()
+
+    live = normal(3, seed=1)
+    w = mlo.Level(
+        "w",
+        objective=inner,
+        variables=torch.cat([torch.zeros(2), live]),
+        given=["u"],
+        optimizer=ours,
+        steps=steps,
+    )
+    upper = mlo.Level(
+        "u",
+        objective=lambda values, batch: values["w"].square().sum() + values["w"].sum(),
+        variables=normal(3, seed=2),
+        subject_to=["w"],
+        optimizer=SGD(learning_rate=0.1),
+    )
+    graph = mlo.Graph([w, upper])
+    u = normal(3, seed=2).requires_grad_()
+    end = respond_by_hand(lambda own, _: (own * u).exp().sum() + own.square().sum(), live, by_hand, steps)
+    (right,) = torch.autograd.grad(end.square().sum() + end.sum(), u)
+    assert relative_error(graph.hypergradient("u", graph.init()), right) <= 1e-8
+
+
+def test_centered_rmsprop_stays_finite_where_rounding_makes_the_variance_negative():
+    """A constant gradient: v − ḡ² comes down to rounding error, of either sign."""
+    ours, w, g = RMSprop(alpha=0.5, centered=True), torch.zeros(50), torch.linspace(0.1, 7.3, 50)
+    state = ours.init(w)
+    for _ in range(200):
+        w, state = ours.update(g, state, w)
+    assert (state.moments["square"] - state.moments["mean"].square()).min() < 0
+    assert torch.isfinite(w).all()
+
+
 def _after(live: torch.Tensor, u: torch.Tensor, steps: int) -> torch.Tensor:
     return respond_by_hand(lambda own, _: (own * u).exp().sum(), live, adam_by_hand(0.05, epsilon=1e-2), steps).detach()
 
@@ -183,7 +263,7 @@ not_a_fraction = st.floats(min_value=1.0) | st.floats(max_value=-1e-12) | st.jus
 
 @given(value=out_of_range | st.just(0.0))
 def test_learning_rates_must_be_positive(value):
-    for make in (SGD, Adam):
+    for make in (SGD, Adam, AdamW, RMSprop):
         with pytest.raises(ValueError, match="learning_rate must be positive"):
             make(learning_rate=value)
     with pytest.raises(ValueError, match="radius must be positive"):
@@ -192,21 +272,25 @@ def test_learning_rates_must_be_positive(value):
 
 @given(value=out_of_range)
 def test_decays_must_not_be_negative(value):
-    for optimizer in (SGD(learning_rate=0.1), Adam()):
+    for optimizer in (SGD(learning_rate=0.1), Adam(), AdamW(), RMSprop()):
         with pytest.raises(ValueError, match="weight_decay must be at least 0"):
             replace(optimizer, weight_decay=value)
-    with pytest.raises(ValueError, match="epsilon must be at least 0"):
-        Adam(epsilon=value)
+    for make in (Adam, AdamW, RMSprop):
+        with pytest.raises(ValueError, match="epsilon must be at least 0"):
+            make(epsilon=value)
 
 
 @given(value=not_a_fraction)
 def test_momenta_must_be_below_one(value):
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         SGD(learning_rate=0.1, momentum=value)
-    with pytest.raises(ValueError, match="beta1 must be"):
-        Adam(beta1=value)
-    with pytest.raises(ValueError, match="beta2 must be"):
-        Adam(beta2=value)
+    for make in (Adam, AdamW):
+        for beta in ("beta1", "beta2"):
+            with pytest.raises(ValueError, match=f"{beta} must be"):
+                make(**{beta: value})
+    for option in ("alpha", "momentum"):
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            RMSprop(**{option: value})
 
 
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.1, "momentum": 0.9}])

@@ -1,0 +1,146 @@
+"""One optimizer step of a level: take it, pull back through it, take it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from mlo import _tree
+from mlo._autodiff import linearise, recorded_gradient
+from mlo._errors import GraphError, Mistake
+from mlo._objective import Aftermath, Record, evaluate, partials
+from mlo._reduction import refuse_recording
+from mlo.hypergradient import AbstractStep
+from mlo.optimizer import OptimizerState, updated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlo._level import Level
+    from mlo._module import Skeleton
+    from mlo._state import Tally
+    from mlo._types import Tree, Upstream
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Where a level stands: variables, buffers, optimizer state."""
+
+    variables: Tree
+    buffers: Mapping[str, Tensor]
+    optimizer: OptimizerState
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What a level sees around it while it takes its steps: held fixed but for the levels in `live`."""
+
+    skeletons: Mapping[str, Skeleton]
+    values: Mapping[str, Tree]
+    buffers: Mapping[str, Mapping[str, Tensor]]
+    live: tuple[str, ...]
+    tally: Tally
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Step(AbstractStep):
+    """One optimizer step that was taken."""
+
+    level: Level
+    around: Surroundings
+    at: Position
+    record: Record
+    gradient: Tree
+
+    @property
+    def start(self) -> Tree:
+        """See `AbstractStep`."""
+        return self.at.variables
+
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """See `AbstractStep`."""
+        optimizer = self.level.optimizer
+        assert optimizer is not None
+
+        def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            return updated(optimizer, self.record.iteration, moving[""], self.at.optimizer, self.at.variables)[0], ()
+
+        _, _, pull = linearise(update, {"": self.gradient})
+        return pull(cotangent, ("",))[""]
+
+    def gradient_of_reads(self, variables: Tree) -> Upstream:
+        """See `AbstractStep`."""
+        self.around.tally.gradients += 1
+        values = {**self.around.values, self.level.name: variables}
+        buffers = {**self.around.buffers, self.level.name: self.at.buffers}
+        return partials(self.level, self.around.skeletons, values, buffers, self.record, self.around.live)[0]
+
+    def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
+        """See `AbstractStep`."""
+        level, around, optimizer = self.level, self.around, self.level.optimizer
+        assert optimizer is not None
+        refuse_recording(level.name)
+        around.tally.gradients += 1
+        around.tally.products += 1
+        buffers = {**around.buffers, level.name: self.at.buffers}
+        before = self.at.optimizer.moments
+
+        def step(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            own = moving[level.name]
+            values = {**around.values, **{name: moving[name] for name in around.live}}
+
+            def objective(own: Tree) -> tuple[Tensor, Aftermath]:
+                return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, self.record)
+
+            found, _, _ = recorded_gradient(objective, own)
+            state = OptimizerState(self.at.optimizer.count, {key: moving[_MOMENT + key] for key in before})
+            after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own)
+            return _joined({"": after, **remembered.moments}), ()
+
+        live = {name: around.values[name] for name in around.live}
+        stood = {_MOMENT + key: moment for key, moment in before.items()}
+        result, _, pull = linearise(step, {level.name: self.start, **stood, **live})
+        given = _joined({"": cotangent, **moments})
+        weights = {key: given.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
+        found = pull(weights, (level.name, *stood, *live))
+        own = found.get(level.name)
+        return (
+            _tree.zeros(self.start) if own is None else own,
+            {key: found[_MOMENT + key] for key in before if _MOMENT + key in found},
+            {name: found[name] for name in live if name in found},
+        )
+
+
+_MOMENT = ":"
+"""Before the name of a moment: level names are identifiers."""
+
+
+def _joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
+    """Several trees as one, by the name of the tree and of the tensor."""
+    return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in _tree.named(tree).items()}
+
+
+def take(
+    level: Level, at: Position, around: Surroundings, record: Record
+) -> tuple[Position, Step, Tensor, Mapping[str, Tensor]]:
+    """One step of `level` from `at`: where it leads, the step itself, its loss and what was measured. One gradient."""
+    around.tally.gradients += 1
+    values = {**around.values, level.name: at.variables}
+    buffers = {**around.buffers, level.name: at.buffers}
+    found, loss, aftermath = partials(level, around.skeletons, values, buffers, record, (level.name,))
+    gradient = connected(level, found.get(level.name))
+    assert level.optimizer is not None
+    variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables)
+    step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
+    return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath.measured
+
+
+def connected(level: Level, gradient: Tree | None) -> Tree:
+    """`gradient`, which is None where the objective of `level` does not depend on the level's own variables."""
+    if gradient is None:
+        raise GraphError([Mistake(level.name, "objective", "it does not depend on the level's own variables")])
+    return gradient

@@ -1,0 +1,95 @@
+"""Differentiate the response as a solution: the implicit function theorem, composed of an inverse and a cross product."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+from mlo import _tree
+from mlo.hypergradient._abstract import (
+    AbstractCross,
+    AbstractHypergradient,
+    AbstractLinearisation,
+    AbstractResponse,
+    Cost,
+    Tape,
+)
+from mlo.hypergradient._cross import ExactCross
+from mlo.optimizer import is_decoupled
+
+if TYPE_CHECKING:
+    from mlo._types import Tree, Upstream
+    from mlo.optimizer import AbstractOptimizer
+
+
+class AbstractInverse(AbstractHypergradient):
+    """An approximate inverse of the Hessian H of what a level's optimizer minimises, f with its L2 decay.
+
+    By itself it is a hypergradient method: `Implicit` with the exact cross product.
+    """
+
+    @abstractmethod
+    def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
+        """q ≈ H⁻¹ λ."""
+
+    @abstractmethod
+    def products(self, size: int) -> int:
+        """Hessian products of one solve for `size` numbers; an upper bound where there is a tolerance."""
+
+    def tape(self, steps: int, size: int) -> Tape:
+        """See `Implicit`."""
+        return Implicit(inverse=self).tape(steps, size)
+
+    def cost(self, steps: int, size: int) -> Cost:
+        """See `Implicit`."""
+        return Implicit(inverse=self).cost(steps, size)
+
+    def objection(self, optimizer: AbstractOptimizer) -> str | None:
+        """See `Implicit`."""
+        return Implicit(inverse=self).objection(optimizer)
+
+    def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
+        """See `Implicit`."""
+        return Implicit(inverse=self).pullback(response, cotangent)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Implicit(AbstractHypergradient):
+    r"""Pull back through ∂f/∂w(w*(u), u) = 0, at the response, on the batch and noise of its last step.
+
+        ū = −(∂²f/∂w∂u)ᵀ q,    q ≈ (∂²f/∂w²)⁻¹ λ        (Lorraine et al. 2020, Eq. 2)
+
+    f includes the optimizer's L2 weight decay. Exact at a solution with an exact inverse; away from one it differentiates
+    a response that has not been reached. Costs one gradient, the products of the inverse and those of the cross product.
+    An optimizer whose decay is decoupled (AdamW) does not minimise f, and is refused.
+
+    - `inverse`: `Neumann`, `ConjugateGradient`, `Exact` or `FirstOrder`.
+    - `cross`: `ExactCross` or `CentralDifference`.
+    """
+
+    inverse: AbstractInverse
+    cross: AbstractCross = field(default_factory=ExactCross)
+
+    def tape(self, steps: int, size: int) -> Tape:
+        """The last step, unrecorded: the response is taken as a solution, however it was reached."""
+        return Tape(recorded=0, kept=1)
+
+    def cost(self, steps: int, size: int) -> Cost:
+        """One gradient to linearise, then products."""
+        crossing = self.cross.cost
+        return Cost(gradients=1 + crossing.gradients, products=self.inverse.products(size) + crossing.products)
+
+    def objection(self, optimizer: AbstractOptimizer) -> str | None:
+        """A decoupled decay moves the variables without being part of what is minimised."""
+        if not is_decoupled(optimizer):
+            return None
+        kind = type(optimizer).__name__
+        return f"{kind}'s decoupled weight decay is no part of an objective whose optimum could be differentiated"
+
+    def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
+        """See the class."""
+        at = response.linearise()
+        found = self.cross.product(at, self.inverse.solve(at, cotangent))
+        return {name: _tree.scale(tree, by=-1.0) for name, tree in found.items()}

@@ -1,0 +1,112 @@
+"""Take one step with an optimizer as it is at an iteration: schedules, clipping and groups, in one place for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from typing import TYPE_CHECKING, TypeVar
+
+from mlo import _tree
+from mlo._patterns import assigned
+from mlo.optimizer._abstract import AbstractOptimizer, OptimizerState, member, plain
+from mlo.optimizer._root import root
+from mlo.schedule._abstract import AbstractSchedule, number_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlo._types import Tree
+
+Some = TypeVar("Some", bound=AbstractOptimizer)
+
+
+def initial(optimizer: AbstractOptimizer, parameters: Tree) -> OptimizerState:
+    """The state before the first update."""
+    if not optimizer.groups:
+        return optimizer.init(parameters)
+    parts = _parts(optimizer, parameters)
+    return OptimizerState(moments=_joined([part.init(_only(parameters, names)).moments for part, names in parts]))
+
+
+def updated(
+    optimizer: AbstractOptimizer, iteration: int, gradient: Tree, state: OptimizerState, parameters: Tree
+) -> tuple[Tree, OptimizerState]:
+    """New parameters and new state, by `optimizer` as it is at `iteration`, which counts from 1.
+
+    The gradient is clipped before anything else, as by those who call `torch.nn.utils.clip_grad_value_` and then
+    `clip_grad_norm_` before a step of `torch.optim`; weight decay is added to what is left of it. Differentiable in all
+    trees. Where an optimizer has neither schedules nor clipping nor groups, this is its `update`.
+    """
+    now = at(optimizer, iteration)
+    if now.clip_value is not None:
+        gradient = _cut(gradient, plain(now.clip_value))
+    if now.clip_norm is not None:
+        gradient = _shortened(gradient, plain(now.clip_norm))
+    if not optimizer.groups:
+        return now.update(gradient, state, parameters)
+    moved: dict[str, Tensor] = {}
+    moments: list[Mapping[str, Tree]] = []
+    for part, names in _parts(optimizer, parameters):
+        before = {key: own for key, moment in state.moments.items() if (own := _only(moment, names))}
+        now = at(part, iteration)
+        new, after = now.update(_only(gradient, names), OptimizerState(state.count, before), _only(parameters, names))
+        moved |= _tree.named(new)
+        moments.append(after.moments)
+    tensors = [moved[name] for name in _tree.named(parameters)]
+    return _tree.rebuild(parameters, tensors), OptimizerState(state.count + 1, _joined(moments))
+
+
+def at(optimizer: Some, iteration: int) -> Some:
+    """`optimizer` with the numbers that its schedules give at `iteration`; itself if it has none."""
+    options = vars(optimizer).items()
+    scheduled = {name: option(iteration) for name, option in options if isinstance(option, AbstractSchedule)}
+    if not scheduled:
+        return optimizer
+    plain_one = copy(optimizer)
+    for name, number in scheduled.items():  # not through the constructor: a learning rate may have come down to 0
+        object.__setattr__(plain_one, name, number)
+    return plain_one
+
+
+def l2_decays(optimizer: AbstractOptimizer, iteration: int, parameters: Tree) -> dict[str, float | None]:
+    """By the name of a parameter ('' for a single tensor), the d of `AbstractOptimizer.l2_decay` at `iteration`."""
+    found: dict[str, float | None] = {}
+    for part, names in _parts(optimizer, parameters):
+        decay = part.l2_decay
+        found |= dict.fromkeys(names, None if decay is None else number_at(decay, iteration))
+    return found
+
+
+def is_decoupled(optimizer: AbstractOptimizer) -> bool:
+    """Whether some parameters decay in a way that belongs to no objective."""
+    return any(member(optimizer, pattern).l2_decay is None for pattern in ("", *(optimizer.groups or ())))
+
+
+def _cut(gradient: Tree, size: float) -> Tree:
+    return _tree.apply(lambda tensor: tensor.clamp(-size, size), gradient)
+
+
+def _shortened(gradient: Tree, length: float) -> Tree:
+    """With the 1e-6 in the denominator that torch has there."""
+    norm = root(_tree.inner(gradient, gradient))
+    return _tree.scale(gradient, by=(length / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _parts(optimizer: AbstractOptimizer, parameters: Tree) -> Iterator[tuple[AbstractOptimizer, tuple[str, ...]]]:
+    """The optimizers of the groups, and the names each has won."""
+    for pattern, names in assigned(tuple(optimizer.groups or ()), tuple(_tree.named(parameters))).items():
+        yield member(optimizer, pattern), names
+
+
+def _only(tree: Tree, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of `tree` that are called so; a moment need not have them all."""
+    named = _tree.named(tree)
+    return {name: named[name] for name in names if name in named}
+
+
+def _joined(moments: Sequence[Mapping[str, Tree]]) -> dict[str, Tree]:
+    """The moments of all groups, by the name of the moment and then of the parameter."""
+    keys = dict.fromkeys(key for some in moments for key in some)
+    return {
+        key: {name: t for some in moments if key in some for name, t in _tree.named(some[key]).items()} for key in keys
+    }
