@@ -20,15 +20,19 @@ ROOT = Path(mlo.__file__).parents[1]
 # From the ground up: a module imports from the layers below its own, and a package from itself.
 LAYERS = [
     {"mlo._errors", "mlo._types"},
-    {"mlo._random", "mlo._reduction", "mlo._structure", "mlo._tree"},
-    {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.optimizer", "mlo.stream"},
+    {"mlo._patterns", "mlo._random", "mlo._structure", "mlo._tree", "mlo.schedule"},
+    {"mlo._constraint", "mlo._reduction", "mlo.optimizer"},
+    {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
     {"mlo._level", "mlo._state"},
     {"mlo._objective"},
+    {"mlo._step"},
+    {"mlo._linearisation"},
     {"mlo._response"},
     {"mlo._engine"},
     {"mlo._graph", "mlo._problem"},
     {"mlo.spec"},
     {"mlo._run"},
+    {"mlo._doctor", "mlo._draw", "mlo._export", "mlo._new"},
     {"mlo.cli"},
     {"mlo.__main__"},
 ]
@@ -99,7 +103,7 @@ def test_problems_use_public_names_only(path):
     assert not private
 
 
-@pytest.mark.parametrize("package", ["optimizer", "hypergradient"])
+@pytest.mark.parametrize("package", ["optimizer", "hypergradient", "schedule"])
 def test_methods_and_optimizers_do_not_import_torch(package):
     """A specification is checked against their settings before torch is loaded."""
     for path in files(f"mlo/{package}"):
@@ -109,7 +113,7 @@ def test_methods_and_optimizers_do_not_import_torch(package):
                 assert "torch" not in ast.unparse(node), path.name
 
 
-DOORS = ["mlo", "mlo.optimizer", "mlo.hypergradient", "mlo.stream"]
+DOORS = ["mlo", "mlo.optimizer", "mlo.hypergradient", "mlo.schedule", "mlo.stream"]
 
 
 def public_names(door: str) -> list[str]:
@@ -154,8 +158,8 @@ def test_the_door_knows_its_names():
 PROGRAM = """
 import sys
 import mlo
-mlo.optimizer.SGD(learning_rate=0.1, momentum=0.9), mlo.optimizer.Adam()
-mlo.hypergradient.Unroll(), mlo.hypergradient.FiniteDifference().cost(3)
+mlo.optimizer.SGD(learning_rate=mlo.schedule.Cosine(start=0.1, over=9), momentum=0.9), mlo.optimizer.Adam()
+mlo.hypergradient.Unroll(), mlo.hypergradient.FiniteDifference().cost(3, 1)
 mlo.GraphError, mlo.NumericalError
 loaded = {"torch", "numpy", "networkx", "problems"} & set(sys.modules)
 assert not loaded, loaded

@@ -34,3 +34,14 @@ def test_the_commands_exist_and_the_gate_runs_the_readmes_test_command() -> None
     for command in commands:
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_what_check_and_a_mistake_say_is_what_the_readme_says() -> None:
+    check, mistake = (block for block in blocks("text") if "levels, 1,000 iterations" in block or "unrol'" in block)
+    command, *said = mistake.splitlines()
+    for arguments, expected in (
+        (["check", "graphs/needs_aware.yaml"], check.splitlines()),
+        (command.split()[4:], said),
+    ):
+        done = subprocess.run([sys.executable, "-m", "mlo", *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert [line.rstrip() for line in (done.stdout + done.stderr).splitlines()] == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,11 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mlo._errors import MachineError, MloError
+from mlo._errors import MloError, explained
+from mlo.cli._arguments import Device, GraphArgument, Imports, Overrides, Seed, modules, with_options
+from mlo.cli._doctor import doctor
+from mlo.cli._export import export
+from mlo.cli._new import new
+from mlo.cli._resume import INTERRUPTED, interruptible, resume
+from mlo.cli._schema import schema
+from mlo.cli._show import show
 
-INTERRUPTED = 130
 OUR_BUG = 1
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 app = typer.Typer(
     name="mlo",
@@ -27,19 +31,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug of ours, 2 the specification or the command is wrong, 3 the numbers went wrong, "
     "4 the machine failed, 130 interrupted with a checkpoint saved.",
 )
-
-GraphArgument = Annotated[
-    str, typer.Argument(metavar="GRAPH", help="A YAML file, or the name of a shipped graph such as needs_aware.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the graph: seed=1 levels.meta.every=4."),
-]
-Imports = Annotated[
-    list[str] | None, typer.Option("--import", metavar="MODULE", help="A module of your own that is a problem.")
-]
-Seed = Annotated[int | None, typer.Option(help="The same as seed=N.")]
-Device = Annotated[str | None, typer.Option(help="The same as device=D.")]
 
 
 @app.callback()
@@ -61,7 +52,7 @@ def run(
     """Run a graph of levels and keep what comes of it in a run folder."""
     from mlo.spec import load
 
-    spec = load(graph, *_with_options(overrides, seed, device), imports=imports or ())
+    spec = load(graph, *with_options(overrides, seed, device), imports=modules(imports))
     console = Console(quiet=quiet)
     if dry_run:
         from mlo.cli._describe import describe
@@ -73,7 +64,8 @@ def run(
         return
     from mlo import _run
 
-    _run.run(spec, out, console=console)
+    with interruptible():
+        _run.run(spec, out, console=console)
 
 
 @app.command()
@@ -83,7 +75,7 @@ def check(
     """Check a graph without running it: its order, what is differentiated, what is held fixed, what it costs."""
     from mlo.spec import load
 
-    spec = load(graph, *_with_options(overrides, seed, device), imports=imports or ())
+    spec = load(graph, *with_options(overrides, seed, device), imports=modules(imports))
     from mlo.cli._describe import describe, probe
     from mlo.spec._build import assemble
 
@@ -92,11 +84,8 @@ def check(
     describe(assembly, Console())
 
 
-def _with_options(overrides: list[str] | None, seed: int | None, device: str | None) -> list[str]:
-    """All changes to the graph, in the order in which they apply."""
-    found = list(overrides or ())
-    found += [] if seed is None else [f"seed={seed}"]
-    return found + ([] if device is None else [f"device={device}"])
+for command in (resume, show, export, new, schema, doctor):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,13 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
-        app(arguments, standalone_mode=False)
+        code: object = app(arguments, standalone_mode=False)
     except Exception as error:
         return _report(error)
     except KeyboardInterrupt:
-        _say("interrupted; the last finished iteration is in the checkpoint")
+        _say("interrupted")
         return INTERRUPTED
-    return 0
+    return code if isinstance(code, int) else 0  # what a command left by `typer.Exit`
 
 
 def _report(error: Exception) -> int:
@@ -121,12 +110,10 @@ def _report(error: Exception) -> int:
     if hasattr(shown, "exit_code") and hasattr(shown, "show"):  # an error in the command itself, in typer's own words
         shown.show()
         return int(shown.exit_code)
-    if isinstance(error, MloError):
-        _say(str(error))
-        return error.exit_code
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE):
-        _say(f"the machine: {error or 'out of memory'}")
-        return MachineError.exit_code
+    known = error if isinstance(error, MloError) else explained(error)
+    if known is not None:
+        _say("\n  ".join([str(known), *getattr(known, "__notes__", ())]))
+        return known.exit_code
     if isinstance(error, SystemExit):
         return int(error.code or 0)
     notes = getattr(error, "__notes__", None) or [_save_traceback(error)]

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.metadata
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from torch import nn
 
 from mlo import _random, _structure
-from mlo._graph import Graph
+from mlo._errors import GraphError
+from mlo._graph import Graph, free, numbers_of, unfit
 from mlo._level import Level
 from mlo._problem import Context, Problem, Settings
 from mlo.hypergradient import Unroll
+from mlo.schedule._abstract import AbstractSchedule
+from mlo.schedule._epochs import in_iterations
 from mlo.spec._faults import Fault, unknown
 from mlo.spec._levels import Epochs, LevelSpec
 from mlo.spec._nodes import fold
 from mlo.spec._options import check_options, construct
-from mlo.spec._problems import GROUP
+from mlo.spec._problems import problem_module
 from mlo.spec._registry import hypergradient_of, optimizer_of
 from mlo.stream import AbstractStream, Iterated
 
 if TYPE_CHECKING:
+    from mlo._objective import Values
     from mlo.spec._models import Spec
+
+T = TypeVar("T")
 
 
 @final
@@ -54,9 +60,11 @@ class Assembly:
 
 def assemble(spec: Spec) -> Assembly:
     """Build the problem and the graph that `spec` describes. Raises `SpecError` with every mistake of this stage."""
-    torch_dtype: torch.dtype = getattr(torch, spec.dtype)
-    context = Context(seed=spec.seed, device=torch.device(spec.device), dtype=torch_dtype)
-    problem = _problem(spec, context)
+    context = context_of(spec)
+    problem = problem_of(spec, context)
+    if spec.dtype == "bfloat16":
+        cast = {name: _under_autocast(each, context.device.type) for name, each in problem.objectives.items()}
+        problem = replace(problem, objectives=cast)
     streams = {
         name: stream if isinstance(stream, AbstractStream) else Iterated(stream)
         for name, stream in problem.streams.items()
@@ -94,10 +102,16 @@ def assemble(spec: Spec) -> Assembly:
     )
 
 
-def _problem(spec: Spec, context: Context) -> Problem:
-    build = _builder(spec)
-    kind = typing.get_type_hints(build).get("settings", Settings)
-    settings, faults = construct(kind, spec.data)
+def context_of(spec: Spec) -> Context:
+    """What the problem is built for."""
+    dtype: torch.dtype = torch.float32 if spec.dtype == "bfloat16" else getattr(torch, spec.dtype)
+    return Context(seed=spec.seed, device=torch.device(spec.device), dtype=dtype)
+
+
+def problem_of(spec: Spec, context: Context) -> Problem:
+    """The problem that `spec` names, built from its `data`. Raises `SpecError` for what it refuses."""
+    build = builder_of(spec)
+    settings, faults = construct(settings_of(build), spec.data)
     spec.fail(fault.below(("data",)) for fault in faults)
     try:
         return build(settings, context)
@@ -107,12 +121,21 @@ def _problem(spec: Spec, context: Context) -> Problem:
         raise
 
 
-def _builder(spec: Spec) -> Callable[[Any, Context], Problem]:
-    points = {fold(point.name): point.value for point in importlib.metadata.entry_points(group=GROUP)}
-    imported = {fold(module.rpartition(".")[2]): module for module in spec.imports}
-    name = fold(spec.problem)
-    module = imported.get(name) or points.get(name) or f"problems.{spec.problem}"
-    build = getattr(importlib.import_module(module), "build", None)
+def settings_of(build: Callable[[Any, Context], Problem]) -> Any:
+    """What a problem's `data` becomes: the annotation of `settings`."""
+    return typing.get_type_hints(build).get("settings", Settings)
+
+
+def builder_of(spec: Spec) -> Callable[[Any, Context], Problem]:
+    """The function `build` of the problem that `spec` names; imports its module."""
+    module = problem_module(spec.problem, spec.imports)
+    try:
+        build = getattr(importlib.import_module(module), "build", None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a module that the problem needs
+        spec.fail([Fault(("problem",), f"there is no module '{module}' to import it from.")])
+        raise
     if build is None:
         spec.fail([Fault(("problem",), f"module '{module}' has no function `build(settings, context)`.")])
     assert build is not None
@@ -131,7 +154,8 @@ def _level(
     before = len(faults)
     here = ("levels", level.name)
     variables = _bound(problem.variables, level, "variables", faults)
-    objective = _bound(problem.objectives, level, "objective", faults) if level.objective else None
+    objective = _objective(problem, level, durations, faults) if level.objective else None
+    optimizer = durations.resolve(optimizer_of(level.optimizer), level, "optimizer")
     for position, name in enumerate(_stream_names(level)):
         if name not in streams:
             path = (*here, "batch") if isinstance(level.batch, str) else (*here, "batch", position)
@@ -144,23 +168,48 @@ def _level(
         made = variables()
     made = _placed(made, context)
     _freeze(made, level, faults)
-    return Level(
+    found = Level(
         level.name,
         variables=made,
         objective=objective,
         given=level.given,
         subject_to=level.subject_to,
         against=level.against,
-        optimizer=optimizer_of(level.optimizer),
+        constraints=level.constraints,
+        optimizer=optimizer,
         steps=level.steps,
         every=every,
         warm_up=warm_up,
         lookahead=level.lookahead,
         hypergradient=hypergradient_of(level.hypergradient) or Unroll(),
     )
+    groups = ("optimizer", level.optimizer.name, "groups") if level.optimizer else ()
+    for key, pattern, message in unfit(found):
+        faults.append(Fault((*here, *(groups if key == "optimizer" else (key,)), pattern), message, on_key=True))
+    try:
+        free(found, numbers_of(level.name, made)[0])
+    except GraphError as error:
+        faults += [Fault((*here, mistake.key), mistake.message) for mistake in error.mistakes]
+    return found
 
 
-def _bound(table: Mapping[str, Callable[..., Any]], level: LevelSpec, key: str, faults: list[Fault]) -> Any:
+def _objective(problem: Problem, level: LevelSpec, durations: _Durations, faults: list[Fault]) -> Any:
+    """The level's objective with its options bound, those that are schedules taken anew at each iteration."""
+    bound = _bound(problem.objectives, level, "objective", faults, schedule=AbstractSchedule)
+    if bound is None:
+        return None
+    options = durations.resolve(bound.options, level, "objective")
+    schedules = {name: option for name, option in options.items() if isinstance(option, AbstractSchedule)}
+    return _Scheduled(bound.function, options, schedules) if schedules else bound
+
+
+def _bound(
+    table: Mapping[str, Callable[..., Any]],
+    level: LevelSpec,
+    key: str,
+    faults: list[Fault],
+    schedule: type[AbstractSchedule] | None = None,
+) -> _Bound | None:
     """The function that the level's choice names, with its options bound, or None after adding to `faults`."""
     choice = getattr(level, key)
     here = ("levels", level.name, key)
@@ -168,7 +217,7 @@ def _bound(table: Mapping[str, Callable[..., Any]], level: LevelSpec, key: str, 
     if found is None:
         faults.append(Fault(here, unknown(key.removesuffix("s") if key == "variables" else key, choice.name, table)))
         return None
-    options, wrong = check_options(found, choice.options)
+    options, wrong = check_options(found, choice.options, schedule=schedule)
     faults += [fault.below((*here, choice.name)) for fault in wrong]
     return None if wrong else _Bound(found, options)
 
@@ -183,6 +232,35 @@ class _Bound:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, **self.options)
+
+
+@final
+@dataclass(frozen=True)
+class _Scheduled:
+    """An objective some of whose options change from iteration to iteration."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+    schedules: Mapping[str, AbstractSchedule]
+
+    def __call__(self, values: Values, batch: Any) -> Any:
+        now = {name: schedule(values.iteration) for name, schedule in self.schedules.items()}
+        return self.function(values, batch, **{**self.options, **now})
+
+
+def _under_autocast(objective: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`objective` with matrix products and convolutions in bfloat16; what it returns is float32 again."""
+
+    @functools.wraps(objective)  # with its options
+    def evaluated(*arguments: Any, **options: Any) -> Any:
+        # Without the cache: a copy made where no derivative is taken, as `values.once` does, would cut later ones off.
+        with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
+            answer = objective(*arguments, **options)
+        loss, *measured = answer if isinstance(answer, tuple) else (answer,)
+        loss = loss.float() if isinstance(loss, torch.Tensor) else loss
+        return (loss, *measured) if measured else loss
+
+    return evaluated
 
 
 def _placed(variables: Any, context: Context) -> Any:
@@ -233,6 +311,15 @@ class _Durations:
     def of(self, level: LevelSpec, key: str) -> int:
         """`every` or `warm_up` of a level."""
         return self._iterations(getattr(level, key), level, ("levels", level.name, key))
+
+    def resolve(self, value: T, level: LevelSpec, key: str) -> T:
+        """`value`, made from the choice at `key` of a level, with iterations in place of passes over its streams."""
+        path = ("levels", level.name, key)
+        try:
+            return in_iterations(value, lambda passes: self._iterations(Epochs(epochs=passes), level, path))
+        except ValueError as error:  # epochs too short to be told apart
+            self.faults.append(Fault(path, f"{error}."))
+            return value
 
     def iterations(self) -> int:
         """How long the run is; in passes over the longest stream of any level."""

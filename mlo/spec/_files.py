@@ -1,7 +1,13 @@
-"""Where graphs are found: a path, relative to where it was written, or the name of one that ships with mlo."""
+"""Where graphs are found: a path, relative to where it was written, or the name of one that ships with mlo.
+
+A path may lead anywhere: a baseline extends the graph in the folder above it. What it may not do is read something else:
+only regular files that end in `.yaml` or `.yml` and are no larger than `LARGEST_FILE` are opened, so that `extends` cannot
+quote a private file in a message, wait for a device, or fill the memory. `~` and `$HOME` are names like others.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +19,9 @@ from mlo.spec._nodes import Place
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ENDING = ".yaml"
+_ENDINGS = (_ENDING, ".yml")
+LARGEST_FILE = 2**20
+"""Bytes of one file; a graph has a few thousand."""
 
 
 @final
@@ -40,7 +49,9 @@ def find(text: str, folder: str = ".", shown_in: str = "") -> Found:
     """
     here = Path(folder, text)
     for candidate in (here, here.with_name(here.name + _ENDING)) if here.name else ():
-        if candidate.is_file():
+        if _is_file(candidate):
+            if candidate.suffix not in _ENDINGS:
+                raise SpecError(f"'{text}' is no graph: a graph's file ends in {' or '.join(_ENDINGS)}.")
             shown = os.path.normpath(os.path.join(shown_in, text)) if shown_in else text
             shown += candidate.name[len(here.name) :]
             return Found(Path(os.path.abspath(candidate)), shown)
@@ -48,12 +59,23 @@ def find(text: str, folder: str = ".", shown_in: str = "") -> Found:
     match = shipped.get(text.removesuffix(_ENDING))
     if match is not None:
         return Found(match, show(match))
-    if here.is_dir():
+    if _is_file(here, folder=True):
         inside = [file.name for file in here.glob(f"*{_ENDING}")]
         raise SpecError(f"'{text}' is a folder, and a graph is a file.{known(inside)}")
-    beside = [os.path.join(os.path.dirname(text), file.name) for file in here.parent.glob(f"*{_ENDING}")]
+    near = here.parent.glob(f"*{_ENDING}") if _is_file(here.parent, folder=True) else ()
+    beside = [os.path.join(os.path.dirname(text), file.name) for file in near]
     top = [name for name in shipped if "/" not in name]
     raise SpecError(f"no graph '{text}'.{nearest(text, [*beside, *shipped])}{known([*beside, *top])}")
+
+
+def _is_file(path: Path, *, folder: bool = False) -> bool:
+    """Whether there is a regular file (a folder); a name too long for one is none."""
+    try:
+        return path.is_dir() if folder else path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def show(path: Path) -> str:
@@ -64,9 +86,12 @@ def show(path: Path) -> str:
 def text_of(found: Found) -> str:
     """The file as text. Raises `Broken` where it is not UTF-8 or cannot be read."""
     try:
-        data = found.path.read_bytes()
+        with found.path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise Broken(Place(found.shown), f"cannot be read: {error.strerror or error}.") from error
+    if len(data) > LARGEST_FILE:
+        raise Broken(Place(found.shown), "more than 1 MiB: a graph has a few kilobytes.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

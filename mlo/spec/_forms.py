@@ -50,6 +50,14 @@ class Keyed:
     """Marks a field that is the key a value stands under, and is not written inside it."""
 
 
+@final
+@dataclass(frozen=True)
+class Also:
+    """Marks a value that may be written in another form too, which a validator turns into the one annotated."""
+
+    annotation: Any
+
+
 def written_keys(model: type[BaseModel]) -> list[str]:
     """The keys that may be written in the mapping that becomes a `model`."""
     fields = model.model_fields.items()

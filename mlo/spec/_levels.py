@@ -7,8 +7,10 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mlo.spec._forms import Form, Keyed
+from mlo._types import Constraint
+from mlo.spec._forms import Also, Form, Keyed
 from mlo.spec._frozen import Frozen, freeze
+from mlo.spec._nodes import fold
 from mlo.spec._options import split_choice
 
 NONE = "none"
@@ -18,7 +20,10 @@ CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid", arbitrary_types_al
 
 
 class Epochs(BaseModel):
-    """A duration in passes over the level's own stream: `{epochs: 25}`."""
+    """A duration in passes over the level's own stream: `{epochs: 25}`.
+
+    - `epochs`: how many passes; for a whole run, over the longest stream of any level.
+    """
 
     model_config = CONFIG
 
@@ -43,6 +48,14 @@ def _named(value: object) -> object:
     return value if name is None else {"name": name, "options": options}
 
 
+def _everywhere(value: object) -> object:
+    """One constraint is that of all variables; names are compared without case and underscores."""
+    if isinstance(value, Mapping):
+        table: Mapping[Any, Any] = value
+        return {name: fold(each) if isinstance(each, str) else each for name, each in table.items()}
+    return {"*": fold(value)} if isinstance(value, str) else value
+
+
 def listed(value: object) -> object:
     """A single name is a list of one."""
     return (value,) if isinstance(value, str) else value
@@ -51,7 +64,14 @@ def listed(value: object) -> object:
 Chosen: TypeAlias = Annotated[
     Choice | None, BeforeValidator(_named), Form("a name or {name: {option: value}}", whole=True)
 ]
-Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(listed), Form("a name or a list of names")]
+Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(listed), Also(str), Form("a name or a list of names")]
+Constrained: TypeAlias = Annotated[
+    Mapping[str, Constraint],
+    BeforeValidator(_everywhere),
+    AfterValidator(freeze),
+    Also(Constraint),
+    Form("softplus, sigmoid or softmax, or a mapping from names to these"),
+]
 Duration: TypeAlias = Annotated[
     Annotated[int, Field(ge=1)] | Epochs, Form("a whole number of at least 1, or {epochs: n}")
 ]
@@ -62,6 +82,22 @@ class LevelSpec(BaseModel):
 
     A level that is trained has `variables`, `objective` and `optimizer`; one with `optimizer: none` is a constant and
     needs `variables` only.
+
+    - `variables`: what the level owns, by the problem's name for it.
+    - `objective`: what they minimise, by the problem's name for it.
+    - `given`: levels whose variables the objective reads and holds fixed.
+    - `subject_to`: levels whose responses it differentiates through (the papers' "s.t."); it reads them too.
+    - `against`: the other players of a simultaneous game: read as they stood when the iteration began.
+    - `batch`: the stream its batches come from; a list gives a mapping by stream name.
+    - `steps`: how many optimizer steps it takes when it is due; these are what an upper level differentiates.
+    - `every`: it is due at every so many iterations, counted from the end of its warm-up.
+    - `warm_up`: until then it keeps the values it starts from, and is still read.
+    - `lookahead`: of an upper level: those it is subject to step back after its update and take their steps again.
+    - `optimizer`: how it steps; `none` makes it a constant.
+    - `hypergradient`: how its response is pulled back to the levels above; default, `unroll`.
+    - `constraints`: where variables stay, by a pattern of their names: `softplus` (above 0), `sigmoid` (between 0 and 1) or
+      `softmax` (a distribution along the last dimension).
+    - `freeze`: parts of its module, by name, that are not trained.
     """
 
     model_config = CONFIG
@@ -79,6 +115,7 @@ class LevelSpec(BaseModel):
     lookahead: Annotated[bool, Form("true or false")] = False
     optimizer: Chosen = None
     hypergradient: Chosen = None
+    constraints: Constrained = Frozen[Constraint]()
     freeze: Names = ()
 
     @property

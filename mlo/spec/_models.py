@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateA
 from mlo._errors import UserError
 from mlo.spec._dump import spec_hash, to_yaml
 from mlo.spec._faults import Fault, Line, fail
-from mlo.spec._forms import Form
+from mlo.spec._forms import Also, Form
 from mlo.spec._frozen import Frozen, freeze
 from mlo.spec._levels import CONFIG, Duration, LevelSpec, listed
 from mlo.spec._nodes import KeyPath, Place, Table, locate
@@ -57,13 +57,18 @@ class EvaluationSpec(BaseModel):
 
     model_config = CONFIG
 
-    model: Annotated[tuple[str, ...] | None, BeforeValidator(listed), Form("a level or a list of levels")] = None
+    model: Annotated[
+        tuple[str, ...] | None, BeforeValidator(listed), Also(str), Form("a level or a list of levels")
+    ] = None
     every: Annotated[Duration | None, Form("a whole number of at least 1, or {epochs: n}", whole=True)] = None
     select: Annotated[str | None, Field(min_length=1), Form("the name of a metric, such as validation.accuracy")] = None
 
 
 class CheckpointSpec(BaseModel):
-    """How often a run saves what it needs to resume."""
+    """How often a run saves what it needs to resume.
+
+    - `every`: every so many iterations, and at the end; default, ten times a run.
+    """
 
     model_config = CONFIG
 
@@ -85,10 +90,20 @@ class Origin:
 class Spec(BaseModel):
     """A graph file, resolved: what it extends and the overrides are merged in, and every name it uses is known.
 
+    - `extends`: another graph, merged below this one key by key. A choice that names another name replaces the old one,
+      the same name merges options; lists replace; `null` removes.
     - `name`: default, the file's name without its ending.
     - `problem`: a module of `problems`, an entry point of `mlo.problems`, or one that was imported.
     - `data`: settings of the problem, which validates them.
+    - `seed`: of every stream, start value and split.
     - `iterations`: how long it runs.
+    - `start`: where levels take their initial values from: the level of the same name in another graph, run first.
+    - `levels`: the levels by name; the order in which they are listed changes nothing.
+    - `evaluation`: when and on what the model is judged.
+    - `checkpoint`: how often a run saves what it needs to resume.
+    - `device`: where numbers are kept: `cpu`, `cuda`, `cuda:1`, `mps`.
+    - `dtype`: their floating-point format. With `bfloat16` they are kept in float32, and objectives are evaluated under
+      autocast.
     - `threads`: CPU threads of one operation; default, torch's own choice. Small networks are often fastest with one, and
       one makes the numbers independent of how many cores a machine has.
     """
@@ -101,7 +116,7 @@ class Spec(BaseModel):
     iterations: Duration
     data: Annotated[Mapping[str, Any], AfterValidator(freeze), Form("a mapping of settings")] = Frozen[Any]()
     start: Annotated[
-        Mapping[str, Annotated[Start, BeforeValidator(_start), Form(_A_START)]],
+        Mapping[str, Annotated[Start, BeforeValidator(_start), Also(str), Form(_A_START)]],
         AfterValidator(_frozen),
         Form("a mapping from level names to paths of graphs"),
     ] = Frozen[Start]()
@@ -111,7 +126,7 @@ class Spec(BaseModel):
     device: Annotated[
         str, Field(pattern=r"^(cpu|mps|cuda)(:[0-9]+)?$"), Form("a device, such as cpu, cuda or cuda:1")
     ] = "cpu"
-    dtype: Annotated[Literal["float32", "float64"], Form("float32 or float64")] = "float32"
+    dtype: Annotated[Literal["float32", "float64", "bfloat16"], Form("float32, float64 or bfloat16")] = "float32"
     threads: Annotated[int | None, Field(ge=1), Form("a whole number of at least 1")] = None
 
     _origin: Origin = PrivateAttr(default_factory=Origin)

@@ -119,7 +119,7 @@ def _model(target: Callable[..., Any], schedule: type | None) -> type[BaseModel]
     fields: dict[str, Any] = {}
     for name, parameter in parameters(target).items():
         annotation = parameter.annotation
-        if schedule is not None and _is_number(annotation):
+        if schedule is not None and is_number(annotation):
             annotation = annotation | schedule
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[f"option{len(fields)}"] = (_strictly(annotation), Field(default, alias=name))
@@ -130,10 +130,11 @@ def _model(target: Callable[..., Any], schedule: type | None) -> type[BaseModel]
     return made
 
 
-def _is_number(annotation: Any) -> bool:
+def is_number(annotation: Any) -> bool:
+    """Whether a fractional number may be written: then a schedule may be, where schedules are allowed."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _is_number(arguments[0])
+        return is_number(arguments[0])
     return annotation is float or (origin in (Union, types.UnionType) and float in arguments)
 
 

@@ -7,6 +7,8 @@ import importlib.util
 import pkgutil
 from collections.abc import Sequence
 
+from mlo._errors import SpecError
+from mlo.spec._faults import unknown
 from mlo.spec._nodes import fold
 
 GROUP = "mlo.problems"
@@ -28,3 +30,18 @@ def problem_named(name: str, imports: Sequence[str] = ()) -> str | None:
     if name in imports:
         return name.rpartition(".")[2]
     return {fold(known): known for known in problem_names(imports)}.get(fold(name))
+
+
+def problem_module(name: str, imports: Sequence[str] = ()) -> str:
+    """The module that a problem comes from: an import wins over an entry point, and that over `problems`."""
+    points = {fold(point.name): point.value for point in importlib.metadata.entry_points(group=GROUP)}
+    imported = {fold(module.rpartition(".")[2]): module for module in imports}
+    return imported.get(fold(name)) or points.get(fold(name)) or f"problems.{name}"
+
+
+def known_problem(name: str, imports: Sequence[str] = ()) -> str:
+    """The problem of that name in its published spelling. Raises `SpecError` where there is none."""
+    found = problem_named(name, imports)
+    if found is None:
+        raise SpecError(unknown("problem", name, problem_names(imports)))
+    return found

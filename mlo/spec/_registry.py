@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from mlo._errors import SpecError
-from mlo.spec._faults import Fault, unknown
+from mlo.spec._faults import Fault, expected, unknown
 from mlo.spec._levels import NONE, Choice
 from mlo.spec._names import leaves
 from mlo.spec._nodes import fold
@@ -47,22 +48,50 @@ def faults_in(key: str, value: Any) -> list[Fault]:
         return [Fault((name,), "a level without an optimizer has no options for it.", on_key=True)] if options else []
     if fold(name) not in map(fold, _names(key)):
         return [Fault((), unknown(_INTERFACES[key][2], name, _names(key)))]
-    return choose(_classes(key), value, _INTERFACES[key][2])[1]
+    return _chosen(key, value)[1]
 
 
-def _classes(key: str) -> Mapping[str, type[Any]]:
+def candidates(key: str) -> Mapping[str, type[Any]]:
+    """What the `optimizer` or `hypergradient` of a level can be, by name; `none` is no class."""
     module, interface, _ = _INTERFACES[key]
     return leaves(getattr(importlib.import_module(module), interface))
 
 
+def _chosen(key: str, value: Any) -> tuple[Any, list[Fault]]:
+    """What the choice makes; options of parameter groups are checked as those of the optimizer, where they were written."""
+    name, options = split_choice(value)
+    groups = options.get("groups") if key == "optimizer" else None
+    if name is None or not isinstance(groups, Mapping):
+        return choose(candidates(key), value, _INTERFACES[key][2])
+    common = {option: each for option, each in options.items() if option not in ("clip_norm", "clip_value", "groups")}
+    rest = {option: each for option, each in options.items() if option != "groups"}
+    made, faults = choose(candidates(key), {name: rest}, _INTERFACES[key][2])
+    found: dict[str, dict[str, Any]] = {}
+    for pattern, changes in cast("Mapping[str, Any]", groups).items():
+        here = (name, "groups", pattern)
+        if not isinstance(changes, Mapping):
+            faults.append(Fault(here, f"{expected('a mapping of options', changes)}."))
+            continue
+        changed = cast("Mapping[str, Any]", changes)
+        member, wrong = choose(candidates(key), {name: {**common, **changed}}, _INTERFACES[key][2])
+        own = [fault for fault in wrong if len(fault.path) > 1 and fault.path[1] in changed]
+        faults += [fault._replace(path=(*here, *fault.path[1:])) for fault in own]
+        if wrong and not own and not faults:
+            faults += [fault._replace(path=here) for fault in wrong]  # of several options together
+        for option in set(changed) & {"clip_norm", "clip_value", "groups"}:
+            faults.append(Fault((*here, option), "the gradient is clipped as a whole, not by group.", on_key=True))
+        found[pattern] = {option: getattr(member, option, None) for option in changed}
+    return (None, faults) if made is None or faults else (replace(made, groups=found), [])
+
+
 def _names(key: str) -> list[str]:
-    return [*_classes(key), *([NONE] if key == "optimizer" else [])]
+    return [*candidates(key), *([NONE] if key == "optimizer" else [])]
 
 
 def _made(key: str, choice: Choice | None) -> Any:
     if choice is None or (key == "optimizer" and choice.name == NONE):
         return None
-    made, faults = choose(_classes(key), {choice.name: choice.options}, _INTERFACES[key][2])
+    made, faults = _chosen(key, {choice.name: choice.options})
     if faults:
         raise SpecError("\n".join(f"{key}: {fault.message}" for fault in faults))
     return made

@@ -9,25 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlo.cli import main
-
 ROOT = Path(__file__).parent.parent.parent
 PENALTY = str(ROOT / "graphs" / "penalty.yaml")
-
-
-@pytest.fixture
-def mlo_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in an empty folder: exit code, what it printed, what it said on the error stream."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main(arguments)
-        printed = capsys.readouterr()
-        return int(exited.value.code or 0), printed.out, printed.err
-
-    return command
 
 
 def test_run_trains_prints_progress_and_the_results_and_exits_0(mlo_command, tmp_path: Path) -> None:
@@ -99,7 +82,7 @@ def test_a_users_mistake_has_its_message_and_its_exit_code_and_no_traceback(
 
 
 def test_a_bug_is_said_in_a_line_and_its_traceback_saved(mlo_command, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mlo._run._loop.summarise", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mlo._run._run.summarise", lambda *_, **__: 1 / 0)
     code, _, err = mlo_command("run", PENALTY, "iterations=1", "--out", "run")
     assert code == 1
     assert "ZeroDivisionError" in err
