@@ -6,14 +6,24 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from mlo._errors import MachineError, UserError
 
+LOCK = ".lock"
+
+
+@final
+class Refused(UserError):
+    """What lies in a run folder cannot be gone on from; the message says why, and what can be done."""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: a reader, or a crash, sees the old contents or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Put `data` at `path` in one step: a reader, or a crash, sees the old contents or the new, never a part.
+
+    Both the contents and the name are on the disk when this returns.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -22,6 +32,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_names(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -29,12 +40,28 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process left half written in `folder`."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 def new_folder(path: Path) -> Path:
     """Make the run folder `path`. Raises `UserError` if something is in it already, `MachineError` if it cannot be."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
         raise UserError(f"{path}: a run folder must be new or empty; choose another with --out")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(f"{path}: cannot be made: {error.strerror}") from None
     return path
+
+
+def _sync_names(folder: Path) -> None:
+    if os.name == "nt":  # there a folder cannot be opened, and a replaced name is durable
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from mlo._errors import UserError
 from mlo._run import _checkpoint
+from mlo._run._record import read_imports
 from mlo.spec import load
 
 if TYPE_CHECKING:
@@ -31,20 +32,26 @@ class Run:
     @cached_property
     def spec(self) -> Spec:
         """The resolved specification that was run."""
-        return load(self.folder / "spec.yaml")
+        return load(self.folder / "spec.yaml", imports=read_imports(self.folder))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ran to its end."""
+        return (self.folder / "summary.json").is_file()
 
     @cached_property
     def summary(self) -> Mapping[str, Any]:
         """What `summary.json` says. Raises `UserError` for a run that is not finished."""
-        path = self.folder / "summary.json"
-        if not path.exists():
+        if not self.finished:
             raise UserError(f"{self.folder}: not a finished run, summary.json is missing")
-        return json.loads(path.read_text())
+        return json.loads((self.folder / "summary.json").read_text())
 
     @property
     def metrics(self) -> list[Mapping[str, Any]]:
         """The lines of `metrics.jsonl`, one an iteration or an evaluation."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        text = (self.folder / "metrics.jsonl").read_text()
+        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+        return [json.loads(line) for line in whole.splitlines()]
 
     @cached_property
     def graph(self) -> Graph:

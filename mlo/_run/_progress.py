@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, final
 
 from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from mlo._state import Metrics
 
 _LINES = 20
 """How many plain lines a whole run prints at least; more when iterations are slow."""
@@ -36,19 +34,19 @@ class Progress:
         if self._live:
             self._live.start()
 
-    def update(self, iteration: int, metrics: Metrics) -> None:
-        """Show iteration `iteration`; a level that did not move keeps its last numbers."""
+    def update(self, iteration: int, entry: Mapping[str, Any]) -> None:
+        """Show iteration `iteration`, whose numbers are in `entry`; a level that did not move keeps its last ones."""
         now = time.monotonic()
         wait = 0.1 if self._live else _PATIENCE
         plain_due = (
             not self._live and iteration * _LINES // self._iterations > (iteration - 1) * _LINES // self._iterations
         )
-        if metrics.norms:
-            self._norms |= {name: norms.total.item() for name, norms in metrics.norms.items()}
+        for name, norms in entry["norms"].items():
+            self._norms[name] = norms["total"]
         if not plain_due and now - self._shown_at < wait:
             return
         self._shown_at = now
-        self._losses |= {name: loss.item() for name, loss in metrics.losses.items()}
+        self._losses |= entry["losses"]
         line = self.line(iteration, now)
         if self._live:
             self._live.update(Text(line))

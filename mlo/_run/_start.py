@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlo._errors import UserError
+from mlo._errors import MachineError, UserError
+from mlo._run import _checkpoint
+from mlo._run._files import Refused
+from mlo._run._lock import alone
 from mlo._run._open import Run, open_run
 
 if TYPE_CHECKING:
     from mlo.spec import Spec
 
 CACHE = Path("runs") / "start"
+_FAILED = "failed"
+"""Marks a run that went wrong by itself: its folder stays for whoever looks for the reason, and the next begins anew."""
 
 
 def start_folder(spec: Spec, cache: Path) -> Path:
@@ -23,19 +27,25 @@ def start_folder(spec: Spec, cache: Path) -> Path:
     return cache / f"{spec.name}-{spec.hash[:16]}"
 
 
+def start_folders(spec: Spec, cache: Path) -> dict[str, str]:
+    """By level, the folder its initial values come from."""
+    return {level: str(start_folder(start, cache)) for level, start in spec.starts.items()}
+
+
 def start_runs(spec: Spec, cache: Path, run: Callable[[Spec, Path], Any], say: Callable[[str], None]) -> dict[str, Run]:
     """By level, the finished run its initial values come from; runs what is missing.
 
-    A run happens in a temporary folder that takes its place only when it is finished, so that an interrupted one is
-    never mistaken for a start. Where a run fails, its folder is left for whoever looks for the reason.
+    `run(start, folder)` runs a graph in an empty folder, or goes on with what is in it. A run happens in a folder of its
+    own, `.<name>`, and takes its place only when it is finished, so that an interrupted one is never mistaken for a start
+    and the next process goes on with it. Of several processes that want the same start one runs it; the others wait.
     """
     found: dict[str, Run] = {}
     for folder, (levels, start) in _by_folder(spec, cache).items():
-        cached = (folder / "summary.json").is_file()
+        cached = _is_sound(folder, start, say)
         names = ", ".join(levels)
         say(f"start: {names} from {start.name} ({'cached in' if cached else 'runs first, then kept in'} {folder})")
         if not cached:
-            _run_into(folder, start, run)
+            _make(folder, start, run, say)
         found |= dict.fromkeys(levels, open_run(folder))
     return found
 
@@ -47,7 +57,8 @@ def start_values(runs: Mapping[str, Run]) -> dict[str, Any]:
         state = run.state()
         if level not in state.values:
             raise UserError(f"{run.folder}: has no level '{level}' to start from")
-        values[level] = run.graph.module(level, state) if level in state.buffers else state.values[level]
+        module = level in state.buffers
+        values[level] = run.graph.module(level, state) if module else run.graph.values(state, [level])[level]
     return values
 
 
@@ -58,17 +69,35 @@ def _by_folder(spec: Spec, cache: Path) -> dict[Path, tuple[list[str], Spec]]:
     return grouped
 
 
-def _run_into(folder: Path, start: Spec, run: Callable[[Spec, Path], Any]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _is_sound(folder: Path, start: Spec, say: Callable[[str], None]) -> bool:
+    """Whether `folder` holds the finished run of `start`, in a form that this version reads."""
+    if not (folder / "summary.json").is_file():
+        return False
     try:
-        run(start, temporary)
+        _checkpoint.load(folder / "checkpoint", "selected", spec_hash=start.hash)
+    except Refused as error:
+        say(f"start: not used: {error}")
+        return False
+    return True
+
+
+def _make(folder: Path, start: Spec, run: Callable[[Spec, Path], Any], say: Callable[[str], None]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    inside = folder.with_name(f".{folder.name}")
+    lock = folder.with_name(f".{folder.name}.lock")
+    with alone(lock, busy=lambda who: say(f"start: {start.name} is being run by {who}; waiting")):
+        if _is_sound(folder, start, lambda _: None):
+            return  # by another process, meanwhile
+        if (inside / _FAILED).exists():
+            shutil.rmtree(inside)
+        inside.mkdir(exist_ok=True)
         try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not (folder / "summary.json").is_file():  # another process may have finished the same run first
-                raise
-    except KeyboardInterrupt:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(temporary, ignore_errors=True)
+            run(start, inside)
+        except (OSError, MachineError):
+            raise
+        except Exception:
+            (inside / _FAILED).touch()
+            raise
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(inside, folder)

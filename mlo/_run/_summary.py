@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.table import Table as Shown
 
-import mlo
+from mlo._run._record import git_commit, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
 def summarise(
     assembly: Assembly,
     *,
+    spec_hash: str,
     selected: int,
     metrics: Mapping[str, float],
     counts: Cost,
@@ -49,10 +47,9 @@ def summarise(
             for table in tables
         ],
         "starts": dict(starts),
-        "spec_hash": spec.hash,
-        "versions": {name: _version(name) for name in ("mlo", "torch", "numpy")}
-        | {"python": platform.python_version()},
-        "git_commit": _git_commit(),
+        "spec_hash": spec_hash,
+        "versions": versions(),
+        "git_commit": git_commit(),
         "seconds": round(seconds, 3),
     }
 
@@ -102,23 +99,3 @@ def _cell(value: str | float | None) -> str:
             return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
         case _:
             return str(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that `mlo` runs from; None for an installed package."""
-    root = Path(mlo.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return found.stdout.strip() or None

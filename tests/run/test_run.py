@@ -29,6 +29,7 @@ def test_the_folder_holds_spec_metrics_summary_checkpoints_and_events(tmp_path: 
     run = mlo.run(penalty(), tmp_path / "run", quiet=True)
     folder = run.folder
     assert {path.name for path in folder.iterdir()} == {
+        "run.json",
         "spec.yaml",
         "metrics.jsonl",
         "summary.json",
@@ -110,14 +111,14 @@ def test_a_checkpoint_restores_the_state_bit_for_bit_and_the_run_goes_on_the_sam
     ("damage", "message"),
     [
         (lambda folder: (folder / "latest.json").unlink(), "no such checkpoint"),
-        (lambda folder: (folder / "latest.json").write_text('{"format": 1'), "damaged"),
+        (lambda folder: (folder / "latest.json").write_text('{"format": 2'), "damaged"),
         (
             lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"short"),
-            "not those that latest.json describes",
+            "damaged, or of another checkpoint",
         ),
         (
             lambda folder: (folder / "latest.json").write_text(
-                (folder / "latest.json").read_text().replace('"format": 1', '"format": 7')
+                (folder / "latest.json").read_text().replace('"format": 2', '"format": 7')
             ),
             "format 7",
         ),
@@ -209,7 +210,9 @@ def test_an_unfinished_start_is_not_mistaken_for_a_start(tmp_path: Path, monkeyp
     monkeypatch.setattr(mlo.Graph, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         mlo.run(spec, tmp_path / "first", cache=cache, quiet=True)
-    assert list(cache.iterdir()) == []
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".")  # the next run goes on there; it is not yet a start
+    assert not (left / "summary.json").exists()
     monkeypatch.setattr(mlo.Graph, "step", step)
     mlo.run(spec, tmp_path / "second", cache=cache, quiet=True)
 

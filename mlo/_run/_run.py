@@ -1,0 +1,274 @@
+"""Run a specification from its first iteration, or go on with a run that was broken off."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from rich.console import Console
+
+from mlo._errors import MachineError, MloError, UserError, explained
+from mlo._run import _checkpoint, _generators
+from mlo._run._batches import Source
+from mlo._run._evaluate import Selection
+from mlo._run._files import LOCK, Refused, new_folder, remove_parts, write_atomically, write_json
+from mlo._run._interrupt import stoppable
+from mlo._run._lock import alone
+from mlo._run._log import METRICS, cut_metrics
+from mlo._run._loop import Loop
+from mlo._run._open import Run, open_run
+from mlo._run._progress import progress_line
+from mlo._run._record import RunRecord, place_of, versions
+from mlo._run._resumable import fitting, unlike
+from mlo._run._standing import Standing
+from mlo._run._start import CACHE, start_folders, start_runs, start_values
+from mlo._run._summary import print_summary, summarise
+from mlo.spec._build import Assembly, assemble
+
+if TYPE_CHECKING:
+    from mlo.spec import Spec
+
+
+def run(
+    spec: Spec,
+    out: str | Path | None = None,
+    *,
+    cache: str | Path = CACHE,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Run `spec` from its first iteration to its last, in the new run folder `out`.
+
+    - `out`: default `runs/<name>-<seed>-<time>`; one that is not empty is refused.
+    - `cache`: where the runs that levels start from are kept.
+
+    Raises `SpecError` and `GraphError` before the first step, `NumericalError` with the last good state in the
+    checkpoint, `MachineError` if the machine cannot write or has too little memory. An interrupt, too, leaves a
+    checkpoint; `resume` goes on from there.
+    """
+    began = time.monotonic()
+    folder = Path(out) if out is not None else default_folder(spec)
+    kept = Path(cache).absolute()
+    with _session(spec.seed, spec.threads), _accounted(folder, kept):
+        assembly = assemble(spec)
+        with alone(new_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
+            record = RunRecord(
+                spec_hash=spec.hash,
+                imports={module: place_of(module) for module in spec.imports},
+                threads=torch.get_num_threads(),
+                cache=str(kept),
+                versions=versions(),
+            )
+            record.write(new_folder(folder))
+            write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
+            life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began)
+            return life.from_the_start()
+
+
+def resume(
+    folder: str | Path, *, device: str | None = None, console: Console | None = None, quiet: bool = False
+) -> Run:
+    """Go on with the run in `folder` from its last checkpoint, or from its start if there is none.
+
+    A run that was broken off at any moment ends with the weights and metrics of one that was not, bit for bit, on the
+    same machine and versions, if its streams are keyed. A finished run is left as it is.
+
+    - `device`: go on there; the numbers of another device differ in their last bits.
+
+    Raises `UserError` if there is no run, if another process is running it, or if its checkpoint is damaged or belongs to
+    another specification; and what `run` raises.
+    """
+    folder, shown = Path(folder), _console(console, quiet)
+    found = open_run(folder)
+    if found.finished:
+        progress_line(shown)(f"finished: {folder}")
+        return found
+    record = RunRecord.read(folder)
+    spec = found.spec
+    if spec.hash != record.spec_hash:
+        raise Refused(f"{folder / 'spec.yaml'}: it, or a graph that it starts from, has changed since the run began")
+    began = time.monotonic()
+    if device is not None:
+        spec = spec.replaced(f"device={device}")
+    cache = Path(record.cache)
+    with (
+        _session(spec.seed, spec.threads or record.threads),
+        _accounted(folder, cache),
+        alone(folder / LOCK, busy=lambda who: _refuse(folder, who)),
+    ):
+        if (folder / "summary.json").is_file():
+            return found
+        life = _Life(folder, assemble(spec), record.spec_hash, cache, shown, began)
+        return life.from_checkpoint(record)
+
+
+def default_folder(spec: Spec) -> Path:
+    """`runs/<name>-<seed>-<time>`."""
+    return Path("runs") / f"{spec.name}-{spec.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@final
+@dataclass(frozen=True)
+class _Life:
+    """A run between two deaths of the process."""
+
+    folder: Path
+    assembly: Assembly
+    identity: str
+    cache: Path
+    console: Console
+    began: float
+
+    def from_the_start(self) -> Run:
+        """From the first iteration; what an earlier life has left is removed."""
+        (self.folder / METRICS).unlink(missing_ok=True)
+        for left in ("tensorboard", "checkpoint", "pictures"):
+            shutil.rmtree(self.folder / left, ignore_errors=True)
+        spec, graph = self.assembly.spec, self.assembly.graph
+        say = progress_line(self.console)
+        for notice in self.assembly.notices:
+            say(f"notice: {notice}")
+        starts = start_runs(spec, self.cache, self._run_start, say)
+        state = graph.init(values=start_values(starts), seed=spec.seed)
+        graph.probe(state, self._source.all_batches(graph.levels, 1))
+        selection = Selection(spec.evaluation and spec.evaluation.select)
+        return self._go_on(Standing(state=state, selection=selection), None, self.began)
+
+    def from_checkpoint(self, record: RunRecord) -> Run:
+        """From the last checkpoint, if there is one."""
+        spec, kept = self.assembly.spec, self.folder / "checkpoint"
+        say = progress_line(self.console)
+        remove_parts(self.folder)
+        (self.folder / "traceback.txt").unlink(missing_ok=True)
+        if not (kept / "latest.json").exists():
+            say(f"resumed from the start, for there is no checkpoint: {self.folder}")
+            return self.from_the_start()
+        latest = _checkpoint.read_record(kept, "latest", spec_hash=self.identity)
+        checkpoint = _checkpoint.restored(kept, latest, device=spec.device)
+        fitting(self.assembly.graph.init(seed=spec.seed), checkpoint.state, kept / "latest.json")
+        selected = latest["selected"]
+        best = selected and _checkpoint.restored(kept, selected, device=spec.device)
+        iteration = checkpoint.state.iteration
+        cut_metrics(self.folder, length=checkpoint.gathered["metrics_bytes"], iteration=iteration)
+        if selected is not None:  # what was selected after the last checkpoint is selected again
+            _checkpoint.write_record(kept, "selected", selected)
+        _checkpoint.remove_all_but(kept, latest, selected)
+        say(f"resumed from iteration {iteration}: {self.folder}")
+        reasons = list(unlike(self.assembly, record, open_run(self.folder).spec.device))
+        for reason in reasons:
+            say(f"notice: {reason}")
+        now = {"iteration": iteration, "device": spec.device, "exact": not reasons, "versions": versions()}
+        replace(record, resumed=[*record.resumed, now]).write(self.folder)
+        _generators.restore(checkpoint.generators)
+        metric = spec.evaluation and spec.evaluation.select
+        standing = Standing.restored(checkpoint, best or None, metric)
+        return self._go_on(standing, selected, self.began - checkpoint.gathered["seconds"])
+
+    @property
+    def _source(self) -> Source:
+        spec = self.assembly.spec
+        return Source(
+            streams=self.assembly.streams,
+            names=self.assembly.batches,
+            seed=spec.seed,
+            device=torch.device(spec.device),
+        )
+
+    def _go_on(self, standing: Standing, selected: _checkpoint.Record | None, began: float) -> Run:
+        with stoppable() as stop:
+            loop = Loop(
+                assembly=self.assembly,
+                folder=self.folder,
+                identity=self.identity,
+                source=self._source,
+                console=self.console,
+                stop=stop,
+                began=began,
+                standing=standing,
+                selected=selected,
+            )
+            verdict = loop.run()
+        summary = summarise(
+            self.assembly,
+            spec_hash=self.identity,
+            selected=verdict.iteration,
+            metrics=verdict.metrics,
+            counts=loop.standing.counts,
+            norms=loop.standing.mean_norms(),
+            tables=verdict.tables,
+            starts=start_folders(self.assembly.spec, self.cache),
+            seconds=time.monotonic() - began,
+        )
+        write_json(self.folder / "summary.json", summary)
+        print_summary(self.console, summary, self.folder)
+        return open_run(self.folder)
+
+    def _run_start(self, start: Spec, inside: Path) -> Any:
+        """Run a graph that levels start from, or go on with it."""
+        if (inside / "spec.yaml").is_file():
+            with suppress(Refused):
+                return resume(inside, console=self.console)
+        if any(inside.iterdir()):  # from a process that died before it began, or damaged
+            shutil.rmtree(inside)
+        return run(start, inside, cache=self.cache, console=self.console)
+
+
+def _console(console: Console | None, quiet: bool) -> Console:
+    return Console(quiet=True) if quiet else console or Console()
+
+
+def _refuse(folder: Path, who: str) -> None:
+    raise UserError(f"{folder}: this run is still going on, in {who}")
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "spec.yaml").is_file():
+        return "interrupted before the run began"
+    iteration = _checkpoint.iteration_of(folder / "checkpoint")
+    where = "before the first iteration" if iteration is None else f"after iteration {iteration}"
+    return f"interrupted {where}; go on with: python -m mlo resume {folder}"
+
+
+@contextmanager
+def _session(seed: int, threads: int | None) -> Generator[None]:
+    """The process as a run wants it: threads, generators, signals; afterwards as it was."""
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        stack.enter_context(_generators.seeded(seed))
+        stack.enter_context(stoppable())
+        yield
+
+
+@contextmanager
+def _accounted(folder: Path, cache: Path) -> Generator[None]:
+    """What goes wrong, in words that help; the traceback of a bug lies in `folder`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(folder)) from None
+    except MloError:
+        raise
+    except Exception as error:
+        known = explained(error, folder, cache)
+        if known is not None:
+            iteration = _checkpoint.iteration_of(folder / "checkpoint")
+            if isinstance(known, MachineError) and iteration is not None:
+                known.add_note(f"The last checkpoint, iteration {iteration}, is whole: python -m mlo resume {folder}")
+            raise known from error
+        if folder.is_dir():
+            path = folder / "traceback.txt"
+            with suppress(OSError):
+                path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                error.add_note(f"The traceback is in {path}.")
+        raise
