@@ -26,7 +26,8 @@ from problems.blocks.need import class_losses, class_need, relaxed_bernoulli
 from problems.blocks.scores import classification_scores, generation_scores, per_class_table
 from problems.blocks.streams import Jittered
 
-Need: TypeAlias = Literal["sampled", "relaxed", "literal"]
+Need: TypeAlias = Literal["sampled", "relaxed", "literal", "equal", "reciprocal"]
+Head: TypeAlias = Literal["meta", "own"]
 Batch: TypeAlias = Mapping[str, Any]
 
 
@@ -77,12 +78,13 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
             "classification": classification,
             "discrimination": discrimination,
             "generation": generation,
-            "refinement": refinement,
+            "refinement": refinement(torch.bincount(train["labels"], minlength=CLASSES).to(context.dtype)),
             "validation": validation_of_both,
         },
         streams={
             "train": mlo.stream.Shuffled(train, size=size),
             "jittered": Jittered(balanced, jitter),
+            "train_and_validation": mlo.stream.Shuffled(_union(train, validation), size=size),
             "validation": mlo.stream.Shuffled(validation, size=size),
             "validation_set": mlo.stream.Constant(validation),
             "noise": mlo.stream.Noise(_noise(size, settings.latent, context.dtype)),
@@ -91,7 +93,7 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     )
 
 
-def classification(values: mlo.Values, batch: Batch, *, head: Literal["meta", "own"] = "meta") -> Tensor:
+def classification(values: mlo.Values, batch: Batch, *, head: Head = "meta") -> Tensor:
     """L_cls(W1, A, D_tr), Eqs. 1 and 8: cross-entropy. With `head: own` the level holds a whole network."""
     outputs = values["classifier"](batch["images"])
     logits = values["meta"](outputs) if head == "meta" else outputs
@@ -127,50 +129,60 @@ def generation(values: mlo.Values, batch: Batch) -> Tensor:
     return -_of_class(_scores(values, batch["jittered"]["images"], noise)[1], noise["labels"]).mean()
 
 
-def refinement(
-    values: mlo.Values,
-    batch: Batch,
-    *,
-    weight: float = 1.0,
-    need: Need = "sampled",
-    temperature: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_cls(W2, A, D_tr) + λ L_a(W2, A, W1', G'), Eqs. 4, 5 and 11, both terms as means.
+def refinement(counts: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The objective of W2, given how many real images each class has, [10]."""
+    scarcity = 1 / counts.clamp(min=1)
 
-    - `weight`: λ.
-    - `need`: how p(s), Eq. 3, decides what is generated. Eq. 4 draws o_m ~ p and weights it by b_m with E[b_m] ≈ p(o_m),
-      which counts p twice; the paper's own counts follow p once.
-      `sampled`: o_m ~ p with p held fixed, weight p(o_m)/stop(p(o_m)), which is 1 and carries the gradient into W1';
-      `relaxed`: o_m uniform, weight b_m, normalised by their sum;
-      `literal`: o_m ~ p, weight b_m, as printed.
-    - `temperature`: T of b_m.
-    """
-    real, noise = batch["train"], batch["noise"]
-    p = _need(values, batch["validation_set"])
-    drawn = values.once("classes", lambda: _draw(p, noise["uniforms"]))
-    classes = noise["labels"] if need == "relaxed" else drawn
-    weights = _weights(p[classes], noise["gumbel"], need, temperature)
-    generated = values["generator"](noise["z"], classes)
-    features = values["refined"](torch.cat([real["images"], generated]))
-    logits = values["meta"](features)
-    on_real, on_generated = logits.split([len(real["labels"]), len(classes)])
-    real_loss = cross_entropy(on_real, real["labels"])
-    generated_loss = (weights * cross_entropy(on_generated, classes, reduction="none")).mean()
-    measured = {
-        "real_loss": real_loss,
-        "generated_loss": generated_loss,
-        "generated": (weights.detach()[:, None] * one_hot(classes, CLASSES)).sum(0),
-        "need": p,
-    }
-    return real_loss + weight * generated_loss, measured
+    def refined(
+        values: mlo.Values,
+        batch: Batch,
+        *,
+        weight: float = 1.0,
+        need: Need = "sampled",
+        temperature: float = 1.0,
+        head: Head = "meta",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_cls(W2, A, D_tr) + λ L_a(W2, A, W1', G'), Eqs. 4, 5 and 11, both terms as means.
+
+        - `weight`: λ.
+        - `need`: what decides how many images of a class are generated. p(s), Eq. 3, from the losses of W1, in three
+          readings: Eq. 4 draws o_m ~ p and weights it by b_m with E[b_m] ≈ p(o_m), which counts p twice, and the paper's
+          own counts follow p once. `sampled`: o_m ~ p with p held fixed, weight p(o_m)/stop(p(o_m)), which is 1 and
+          carries the gradient into W1'; `relaxed`: o_m uniform, weight b_m, normalised by their sum; `literal`: o_m ~ p,
+          weight b_m, as printed. Baselines: `equal`, all classes alike; `reciprocal`, ∝ 1/n_c.
+        - `temperature`: T of b_m.
+        - `head`: `meta`, or `own` where W1 and W2 are whole networks.
+        """
+        real, noise = batch["train"], batch["noise"]
+        p = _need(values, batch, need, head, scarcity)
+        drawn = values.once("classes", lambda: _draw(p, noise["uniforms"]))
+        classes = noise["labels"] if need == "relaxed" else drawn
+        weights = _weights(p[classes], noise["gumbel"], need, temperature)
+        generated = values["generator"](noise["z"], classes)
+        outputs = values["refined"](torch.cat([real["images"], generated]))
+        logits = values["meta"](outputs) if head == "meta" else outputs
+        on_real, on_generated = logits.split([len(real["labels"]), len(classes)])
+        real_loss = cross_entropy(on_real, real["labels"])
+        generated_loss = (weights * cross_entropy(on_generated, classes, reduction="none")).mean()
+        measured = {
+            "real_loss": real_loss,
+            "generated_loss": generated_loss,
+            "generated": (weights.detach()[:, None] * one_hot(classes, CLASSES)).sum(0),
+            "need": p,
+        }
+        return real_loss + weight * generated_loss, measured
+
+    return refined
 
 
 def validation_of_both(
     values: mlo.Values, batch: Batch, *, first_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_cls(W2', A, D_val) + γ L_cls(W1', A, D_val), Eqs. 6 and 12; `first_weight` is γ."""
+    """L_cls(W2', A, D_val) + γ L_cls(W1', A, D_val), Eqs. 6 and 12; `first_weight` is γ, and without it W1 is not read."""
     meta, images, labels = values["meta"], batch["images"], batch["labels"]
     refined = cross_entropy(meta(values["refined"](images)), labels)
+    if not first_weight:
+        return refined, {}
     first = cross_entropy(meta(values["classifier"](images)), labels)
     return refined + first_weight * first, {"refined": refined, "classifier": first}
 
@@ -188,9 +200,15 @@ def _of_class(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.gather(1, labels[:, None]).squeeze(1)
 
 
-def _need(values: mlo.Values, validation: Batch) -> Tensor:
-    """p(s), Eq. 3, from the whole validation set; differentiable in W1' and A."""
-    logits = values["meta"](values["classifier"](validation["images"]))
+def _need(values: mlo.Values, batch: Batch, need: Need, head: Head, scarcity: Tensor) -> Tensor:
+    """p(s), [10]: Eq. 3 from the whole validation set, differentiable in W1' and A; or what a baseline puts there."""
+    if need == "equal":
+        return torch.full_like(scarcity, 1 / CLASSES)
+    if need == "reciprocal":
+        return scarcity / scarcity.sum()
+    validation = batch["validation_set"]
+    outputs = values["classifier"](validation["images"])
+    logits = values["meta"](outputs) if head == "meta" else outputs
     return class_need(class_losses(logits, validation["labels"], CLASSES))
 
 
@@ -201,10 +219,14 @@ def _draw(p: Tensor, uniforms: Tensor) -> Tensor:
 
 def _weights(p: Tensor, gumbel: Tensor, need: Need, temperature: float) -> Tensor:
     """The weight of each generated image, [M], from its class's p."""
-    if need == "sampled":
+    if need in ("sampled", "equal", "reciprocal"):
         return p / p.detach()
     b = relaxed_bernoulli(p, gumbel, temperature)
     return b * len(b) / b.sum() if need == "relaxed" else b
+
+
+def _union(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.cat([tensor, two[name]]) for name, tensor in one.items()}
 
 
 def _mapping(part: Labelled, context: mlo.Context) -> dict[str, Tensor]:
@@ -234,7 +256,7 @@ def _noise(size: int, latent: int, dtype: torch.dtype) -> Callable[[torch.Genera
 
 
 def _evaluation(train: Mapping[str, Tensor], held_out: Mapping[str, Mapping[str, Tensor]], latent: int) -> mlo.Evaluate:
-    """Judges a classifier `[network]`, the pair before and after refinement `[W1, A, W2]`, or a `[generator]`."""
+    """Judges `[network]`, `[encoder, head]`, the pair before and after refinement `[W1, A, W2]`, or a `[generator]`."""
     real = torch.bincount(train["labels"], minlength=CLASSES)
 
     def evaluate(
@@ -248,16 +270,20 @@ def _evaluation(train: Mapping[str, Tensor], held_out: Mapping[str, Mapping[str,
         if model == ("generator",):
             return generation_scores(values["generator"], latent=latent, complete=complete and split == "test")
         images, labels = held_out[split]["images"], held_out[split]["labels"]
-        before = values[model[0]](images, training=False)
-        if len(model) == 1:
-            return classification_scores(before, labels)
-        head = values[model[1]]
-        after = head(values[model[2]](images, training=False), training=False)
-        before = head(before, training=False)
-        found = classification_scores(after, labels)
-        first = {f"before_{name}": value for name, value in classification_scores(before, labels).metrics.items()}
-        generated = totals.get(model[2], {}).get("generated")
-        table = per_class_table(labels, before, after, real=real, generated=generated)
-        return mlo.Evaluation(metrics={**found.metrics, **first}, tables=(table,))
+
+        def logits(network: str) -> Tensor:
+            outputs = values[network](images, training=False)
+            return values[model[1]](outputs, training=False) if len(model) > 1 else outputs
+
+        first, last = model[0], model[-1] if len(model) != 2 else model[0]
+        metrics = dict(classification_scores(logits(last), labels).metrics)
+        if first != last:
+            before = classification_scores(logits(first), labels).metrics
+            metrics |= {f"before_{name}": value for name, value in before.items()}
+        generated = totals.get(last, {}).get("generated")
+        table = per_class_table(
+            labels, logits(first) if first != last else None, logits(last), real=real, generated=generated
+        )
+        return mlo.Evaluation(metrics=metrics, tables=(table,))
 
     return evaluate
