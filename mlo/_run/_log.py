@@ -31,8 +31,10 @@ def plain(metrics: Metrics) -> dict[str, Any]:
     tensors = [*metrics.losses.values()]
     for each in norms.values():
         tensors += (each.total, each.direct, each.indirect, *each.through.values())
+    for report in metrics.reports.values():
+        tensors += report.values()
     number = iter(_numbers(tensors))
-    return {
+    lines: dict[str, Any] = {
         "losses": {name: next(number) for name in metrics.losses},
         "norms": {
             upper: {
@@ -51,6 +53,9 @@ def plain(metrics: Metrics) -> dict[str, Any]:
         "products": metrics.products,
         "pullbacks": len(metrics.pullbacks),
     }
+    for (upper, level), report in metrics.reports.items():
+        lines.setdefault("reports", {}).setdefault(upper, {})[level] = {name: next(number) for name in report}
+    return lines
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:

@@ -53,6 +53,18 @@ def test_the_folder_holds_spec_metrics_summary_checkpoints_and_events(tmp_path: 
     assert losses == pytest.approx([line["losses"]["weights"] for line in steps], rel=1e-6)
 
 
+def test_what_a_method_reports_is_in_the_metrics(tmp_path: Path) -> None:
+    method = "levels.weights.hypergradient={conjugate_gradient: {iterations: 3, damping: 0.1}}"
+    run = mlo.run(penalty(method), tmp_path / "run", quiet=True)
+    for line in run.metrics:
+        if "losses" in line:
+            report = line["reports"]["penalty"]["weights"]
+            assert report["iterations"] == 3
+            assert 0 < report["residual"] < 1
+            assert report["negative_curvature"] == 0
+    assert run.summary["counts"] == run.summary["predicted_counts"]
+
+
 def test_the_same_seed_gives_the_same_numbers_bit_for_bit_and_another_seed_others(tmp_path: Path) -> None:
     runs = [mlo.run(penalty(), tmp_path / name, quiet=True) for name in ("one", "two")]
     other = mlo.run(penalty("seed=1"), tmp_path / "three", quiet=True)
