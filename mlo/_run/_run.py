@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-import traceback
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from rich.console import Console
 
-from mlo._errors import MachineError, MloError, UserError, explained
+from mlo._errors import UserError
 from mlo._run import _checkpoint, _generators
 from mlo._run._batches import Source
 from mlo._run._evaluate import Selection
@@ -28,6 +26,7 @@ from mlo._run._open import Run, open_run
 from mlo._run._progress import progress_line
 from mlo._run._record import RunRecord, place_of, versions
 from mlo._run._resumable import fitting, unlike
+from mlo._run._session import accounted, session
 from mlo._run._standing import Standing
 from mlo._run._start import CACHE, start_folders, start_runs, start_values
 from mlo._run._summary import print_summary, summarise
@@ -57,7 +56,7 @@ def run(
     began = time.monotonic()
     folder = Path(out) if out is not None else default_folder(spec)
     kept = Path(cache).absolute()
-    with _session(spec.seed, spec.threads), _accounted(folder, kept):
+    with session(spec.seed, spec.threads), accounted(folder, kept):
         assembly = assemble(spec)
         with alone(new_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
             record = RunRecord(
@@ -100,8 +99,8 @@ def resume(
         spec = spec.replaced(f"device={device}")
     cache = Path(record.cache)
     with (
-        _session(spec.seed, spec.threads or record.threads),
-        _accounted(folder, cache),
+        session(spec.seed, spec.threads or record.threads),
+        accounted(folder, cache),
         alone(folder / LOCK, busy=lambda who: _refuse(folder, who)),
     ):
         if (folder / "summary.json").is_file():
@@ -227,48 +226,3 @@ def _console(console: Console | None, quiet: bool) -> Console:
 
 def _refuse(folder: Path, who: str) -> None:
     raise UserError(f"{folder}: this run is still going on, in {who}")
-
-
-def _how_to_go_on(folder: Path) -> str:
-    if not (folder / "spec.yaml").is_file():
-        return "interrupted before the run began"
-    iteration = _checkpoint.iteration_of(folder / "checkpoint")
-    where = "before the first iteration" if iteration is None else f"after iteration {iteration}"
-    return f"interrupted {where}; go on with: python -m mlo resume {folder}"
-
-
-@contextmanager
-def _session(seed: int, threads: int | None) -> Generator[None]:
-    """The process as a run wants it: threads, generators, signals; afterwards as it was."""
-    before = torch.get_num_threads()
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, before)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        stack.enter_context(_generators.seeded(seed))
-        stack.enter_context(stoppable())
-        yield
-
-
-@contextmanager
-def _accounted(folder: Path, cache: Path) -> Generator[None]:
-    """What goes wrong, in words that help; the traceback of a bug lies in `folder`."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(folder)) from None
-    except MloError:
-        raise
-    except Exception as error:
-        known = explained(error, folder, cache)
-        if known is not None:
-            iteration = _checkpoint.iteration_of(folder / "checkpoint")
-            if isinstance(known, MachineError) and iteration is not None:
-                known.add_note(f"The last checkpoint, iteration {iteration}, is whole: python -m mlo resume {folder}")
-            raise known from error
-        if folder.is_dir():
-            path = folder / "traceback.txt"
-            with suppress(OSError):
-                path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-                error.add_note(f"The traceback is in {path}.")
-        raise
