@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from mlo import _tree
@@ -72,12 +73,12 @@ class Parts:
     direct: Tree
     through: Mapping[str, Tree]
 
-    @property
+    @cached_property
     def indirect(self) -> Tree:
         """The sum of all parts but the direct one."""
         return _tree.total(self.through.values()) if self.through else _tree.zeros(self.direct)
 
-    @property
+    @cached_property
     def total(self) -> Tree:
         """The hypergradient."""
         return _tree.total([self.direct, *self.through.values()])
@@ -100,7 +101,7 @@ class Norms:
         return cls(
             total=_tree.norm(parts.total),
             direct=_tree.norm(parts.direct),
-            indirect=_tree.norm(parts.indirect),
+            indirect=next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect),
             through=through,
         )
 

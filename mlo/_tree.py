@@ -37,13 +37,14 @@ def apply(function: Callable[..., Tensor], *trees: Tree) -> Tree:
     first, *others = trees
     if not isinstance(first, Mapping):
         return function(*trees)
-    return {name: function(tensor, *(_at(other, name) for other in others)) for name, tensor in first.items()}
+    tables = [_table(other) for other in others]
+    return {name: function(tensor, *[table[name] for table in tables]) for name, tensor in first.items()}
 
 
-def _at(tree: Tree, name: str) -> Tensor:
+def _table(tree: Tree) -> Mapping[str, Tensor]:
     if not isinstance(tree, Mapping):
         raise TypeError("a tree of tensors by name cannot be combined with a single tensor")
-    return tree[name]
+    return tree
 
 
 def add(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
