@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlo import optimizer as optimizer
     from mlo import schedule as schedule
     from mlo import stream as stream
+    from mlo import testing as testing
     from mlo._errors import GraphError as GraphError
     from mlo._errors import MachineError as MachineError
     from mlo._errors import MloError as MloError
@@ -48,6 +49,7 @@ _HOMES = {
     "optimizer": "mlo.optimizer",
     "schedule": "mlo.schedule",
     "stream": "mlo.stream",
+    "testing": "mlo.testing",
     "GraphError": "mlo._errors",
     "MachineError": "mlo._errors",
     "MloError": "mlo._errors",

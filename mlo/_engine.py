@@ -101,7 +101,7 @@ class Iteration:
     def _sweep(self, upper: str, responses: Mapping[str, Response], cotangents: dict[str, Tree]) -> dict[str, Tree]:
         """Walk the responses in reverse run order, adding cotangents where arrows meet; one pullback each."""
         through: dict[str, Tree] = {}
-        idle: set[str] = set()  # pass nothing on: with no steps the state itself is the response
+        idle: set[str] = set()  # pass nothing on: their method costs nothing without steps, and there are none
         for name in reversed(list(responses)):
             response = responses[name]
             if name not in cotangents and any(name in responses[reader].level.given for reader in idle):
@@ -118,7 +118,7 @@ class Iteration:
                 elif read in responses:
                     known = cotangents.get(read)
                     cotangents[read] = cotangent if known is None else _tree.add(known, cotangent)
-            if not response.steps:
+            if not response.steps and response.level.hypergradient.cost(0, response.size) == (0, 0):
                 idle.add(name)
             elif not any(read == upper or read in responses for read in upstream):
                 reason = (
@@ -188,7 +188,7 @@ class Iteration:
 
     def finish(self) -> tuple[State, Metrics]:
         """The state after the iteration and what it showed. Raises `NumericalError` for a number that is not finite."""
-        self._refuse_non_finite()
+        self.refuse_non_finite()
         moving = [name for name, level in self.plan.levels.items() if not level.frozen]
         state = State(
             values={name: at.variables for name, at in self.now.items()},
@@ -212,7 +212,7 @@ class Iteration:
         """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
         self.numbers.append((name, step, "the new value", _tree.sum_of(self.now[name].variables)))
 
-    def _refuse_non_finite(self) -> None:
+    def refuse_non_finite(self) -> None:
         """One look at all numbers together; who was first is asked only if there is something to ask."""
         if inside_transform() or not self.numbers:
             return
@@ -235,13 +235,17 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
     live = {name for upper in uppers for name in (upper, *plan.differentiated(upper))}
     pulled = {name for upper in uppers for name in plan.differentiated(upper)}
     responses: dict[str, Response] = {}
-    for name in due:
-        if name in uppers:
-            below = {lower: responses[lower] for lower in plan.differentiated(name)}
-            inside.ascend(name, below, live)
-        else:
-            responses[name] = inside.descend(name, live if name in pulled else ())
-    inside.look_ahead(name for name in uppers if plan.levels[name].lookahead)
+    try:
+        for name in due:
+            if name in uppers:
+                below = {lower: responses[lower] for lower in plan.differentiated(name)}
+                inside.ascend(name, below, live)
+            else:
+                responses[name] = inside.descend(name, live if name in pulled else ())
+        inside.look_ahead(name for name in uppers if plan.levels[name].lookahead)
+    except Exception:
+        inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
+        raise
     return inside.finish()
 
 
@@ -253,7 +257,29 @@ def parts(plan: Plan, upper: str, state: State, batches: Mapping[str, Any]) -> P
     return inside.differentiate(upper, responses, 0)[0]
 
 
+def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str, Any]) -> None:
+    """Raise `GraphError` if the gradient of a level below `upper` does not depend on anything that leads back to it.
+
+    f = a(w) + b(u) has a gradient in u and no cross derivative: methods without a second derivative of their own would
+    find zero there and no error. Where an operator has none at all, nothing can be said.
+    """
+    inside = Iteration.of(plan, state, batches)
+    below = plan.differentiated(upper)
+    for name in below:
+        response = inside.retake(name, (upper, *below))
+        try:
+            reached = response.linearise().cross(response.end.variables)
+        except (RuntimeError, NotImplementedError):
+            continue
+        if not reached:
+            reason = f"the response of '{name}' does not reach back to '{upper}': in its objective they do not meet"
+            raise GraphError([Mistake(upper, "subject_to", reason)])
+
+
 def _mean(steps: tuple[Mapping[str, Tensor], ...]) -> dict[str, Tensor]:
+    """The mean over steps of what was measured at all of them, in one shape."""
     if len(steps) == 1:
         return dict(steps[0])
-    return {name: torch.stack([seen[name].double() for seen in steps]).mean(0) for name in steps[0]}
+    shapes = {name: {seen[name].shape if name in seen else None for seen in steps} for name in steps[0]}
+    alike = [name for name, found in shapes.items() if len(found) == 1]
+    return {name: torch.stack([seen[name].double() for seen in steps]).mean(0) for name in alike}

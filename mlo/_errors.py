@@ -50,7 +50,9 @@ class NumericalError(MloError):
     exit_code = 3
 
     def __init__(self, *, level: str, step: int, term: str, iteration: int) -> None:
-        super().__init__(f"iteration {iteration}: level '{level}', step {step}: {term} is not finite")
+        super().__init__(
+            f"iteration {iteration}: level '{level}', step {step}: {term} is not finite; often a learning rate is too large"
+        )
         self.level, self.step, self.term, self.iteration = level, step, term, iteration
 
 

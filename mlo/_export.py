@@ -33,7 +33,7 @@ def export(folder: Path, out: Path | None = None, *, which: Which = "selected") 
     run = open_run(folder)
     state = run.state(which)
     tensors = {name: _tensors(run, name, state) for name in state.values}
-    out = new_folder(folder / "export" if out is None else out)
+    out = new_folder(folder / "export" if out is None else out, "an export folder")
     levels: dict[str, Any] = {}
     try:
         for name, (kind, table) in tensors.items():

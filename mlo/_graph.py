@@ -137,6 +137,7 @@ class Graph:
                 try:
                     if self._plan.differentiated(name):
                         _engine.parts(self._plan, name, state, self._checked(batches))
+                        _engine.refuse_separable(self._plan, name, state, self._checked(batches))
                     elif not level.frozen:
                         _engine.Iteration.of(self._plan, state, self._checked(batches)).respond(name)
                 except GraphError as error:

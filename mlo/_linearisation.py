@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -31,23 +31,24 @@ class Linearisation(AbstractLinearisation):
     """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is."""
 
     def __init__(self, level: Level, around: Surroundings, at: Position, record: Record) -> None:
-        self._level, self._around, self._at, self._record = level, around, at, record
+        self._level, self._around, self._at = level, around, at
         assert level.optimizer is not None
         self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
         self._looks = 0
         buffers = {**around.buffers, level.name: at.buffers}
         around.tally.gradients += 1
 
-        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, dict[str, Any]]:
             values = {**around.values, **moving}
-            found, _, _ = recorded_gradient(
+            found, _, aftermath = recorded_gradient(
                 lambda own: evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record),
                 moving[level.name],
             )
-            return connected(level, found), ()
+            return connected(level, found), aftermath.choices
 
         live = {name: around.values[name] for name in around.live}
-        _, _, self._pull = linearise(gradient, {level.name: at.variables, **live})
+        _, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
+        self._record = record.with_choices(choices)
 
     @property
     def variables(self) -> Tree:

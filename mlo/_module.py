@@ -44,10 +44,15 @@ class Skeleton:
 
     def __call__(
         self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
-    ) -> Any:
-        """The module's output at `tensors`, which holds its parameters and buffers by name; buffers may be overwritten."""
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """The module's output at `tensors`, its parameters and buffers by name, and what these are after the call.
+
+        A buffer may have been written to, or another tensor assigned in its place; torch puts the latter into the mapping
+        it was given.
+        """
         everything = {**tensors, **{name: tensors[first] for name, first in self._ties.items()}}
-        return torch.func.functional_call(self._modes[training], everything, args, dict(kwargs), tie_weights=False)
+        output = torch.func.functional_call(self._modes[training], everything, args, dict(kwargs), tie_weights=False)
+        return output, everything
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
@@ -112,7 +117,7 @@ class ModuleVariables(Mapping[str, "Tensor"]):
         """The module's output."""
         written = self._skeleton.written
         buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self._buffers.items()}
-        output = self._skeleton({**self._parameters, **buffers}, args, kwargs, training=training)
+        output, after = self._skeleton({**self._parameters, **buffers}, args, kwargs, training=training)
         if training:
-            self._buffers = buffers
+            self._buffers = {name: after[name] for name in buffers}
         return output

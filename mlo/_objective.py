@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
-from mlo import _random
-from mlo._autodiff import linearise
+from mlo import _random, _tree
+from mlo._autodiff import inside_transform, linearise
 from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import reduced_trees
@@ -125,22 +128,82 @@ def evaluate(
 ) -> tuple[Tensor, Aftermath]:
     """The loss of `level`, a zero-dimensional tensor, and what the evaluation leaves. Pure but for torch's global RNG.
 
-    Raises `UserError` for a loss that is not one finite-precision number.
+    Raises `UserError` for a loss that is not one number, for measurements that are no tensors, and for an objective that
+    changes values or its batch in place. What an objective raises itself is told which level and iteration it was.
     """
     views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in reads(level)}
     visible = Values(level.name, views, record)
+    shared = _shared(level, values, record.batch)
+    before = [tensor._version for tensor in shared]
     _random.reseed(record.seed)
     assert level.objective is not None
-    answer = level.objective(visible, record.batch)
-    loss, measured = answer if isinstance(answer, tuple) else (answer, {})
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        shown = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-        raise UserError(f"the objective of level '{level.name}' must give a scalar loss, got {shown}")
+    try:
+        answer = level.objective(visible, record.batch)
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note(f"In the objective of level '{level.name}', iteration {record.iteration}{_where(error, level)}.")
+        raise
+    loss, measured = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
+    if before != [tensor._version for tensor in shared]:
+        raise UserError(
+            f"the objective of level '{level.name}' changed values or its batch in place; every evaluation of a step sees "
+            "the same ones: work on a clone"
+        )
+    loss = _scalar(level, loss)
+    if not isinstance(measured, Mapping):
+        raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
     own = views[level.name]
     updated = dict(own.buffers) if isinstance(own, ModuleVariables) else {}
     kept = {name: tensor.detach() for name, tensor in updated.items()}
-    seen = {name: torch.as_tensor(value).detach() for name, value in measured.items()}
+    seen = {name: _measurement(level, name, value) for name, value in measured.items()}
     return loss, Aftermath(seen, kept, visible.choices)
+
+
+def _shared(level: Level, values: Mapping[str, Tree], batch: Any) -> list[Tensor]:
+    """The tensors that several evaluations see, and that know when they are written to."""
+    tensors = [tensor for name in reads(level) for tensor in _tree.leaves(values[name])]
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, tuple | list):
+            waiting += part
+    return [] if inside_transform() else [tensor for tensor in tensors if not tensor.is_inference()]
+
+
+def _where(error: Exception, level: Level) -> str:
+    """Where in the objective's own file an error was raised, as far as that can be told."""
+    objective: Any = level.objective
+    function: Any = inspect.unwrap(getattr(objective, "function", objective))
+    code = getattr(function, "__code__", None)
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if code and frame.filename == code.co_filename
+    ]
+    return f", {Path(code.co_filename).name}:{lines[-1]}" if code and lines else ""
+
+
+def _scalar(level: Level, loss: Any) -> Tensor:
+    if isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point():
+        return loss
+    if isinstance(loss, torch.Tensor):
+        shown = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" + ("; take its `.mean()`" if loss.dim() else "")
+    else:
+        shown = repr(loss) + ("; return the tensor, without `.item()`" if isinstance(loss, float) else "")
+    raise UserError(f"the objective of level '{level.name}' must give a scalar loss, got {shown}")
+
+
+def _measurement(level: Level, name: Any, value: Any) -> Tensor:
+    if isinstance(value, torch.Tensor | float | int):
+        return torch.as_tensor(value).detach()
+    raise UserError(
+        f"the objective of level '{level.name}' measured '{name}': expected a tensor or a number, got {value!r}"
+    )
 
 
 def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton | None) -> Any:

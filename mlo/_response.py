@@ -88,15 +88,17 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     if not recorded:
         return Response(level, position, tuple(losses), tuple(measured), around, tuple(kept), rest)
     refuse_recording(level.name)
-    position, late_losses, late_measured, pull = _record(level, position, around, records[steps - recorded : steps])
+    position, late_losses, late_measured, last, pull = _record(
+        level, position, around, records[steps - recorded : steps]
+    )
     return Response(
         level,
         position,
         (*losses, *late_losses),
         (*measured, *late_measured),
         around,
-        (),
-        rest,
+        (last,),
+        (last.record, last.at.buffers),
         recorded,
         pull,
     )
@@ -104,14 +106,14 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
 
 def _record(
     level: Level, start: Position, around: Surroundings, records: Sequence[Record]
-) -> tuple[Position, list[Tensor], list[Mapping[str, Tensor]], Callable[..., Upstream]]:
-    """Take steps and keep their graph with respect to the live levels."""
+) -> tuple[Position, list[Tensor], list[Mapping[str, Tensor]], Step, Callable[..., Upstream]]:
+    """Take steps and keep their graph with respect to the live levels. Also gives the last step by itself."""
     around.tally.gradients += len(records)
     optimizer = level.optimizer
     assert optimizer is not None
 
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        at, losses, measured = start, [], []
+        at, losses, measured, last = start, [], [], ()
         values = {**around.values, **live}
         for record in records:
 
@@ -121,15 +123,27 @@ def _record(
 
             found, loss, aftermath = recorded_gradient(objective, at.variables)
             gradient = connected(level, found)
+            last = (*_numbers(at), _tree.detach(gradient), aftermath.choices)
             variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             measured.append(aftermath.measured)
-        moments = {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
-        return at.variables, (at.buffers, moments, losses, measured)
+        return at.variables, (_numbers(at), losses, measured, last)
 
-    variables, (buffers, moments, losses, measured), pull = linearise(
-        steps, {name: around.values[name] for name in around.live}
-    )
+    live = {name: around.values[name] for name in around.live}
+    variables, (end, losses, measured, (*before, gradient, choices)), pull = linearise(steps, live)
     count = start.optimizer.count + len(records)
-    return Position(variables, buffers, OptimizerState(count=count, moments=moments)), losses, measured, pull
+    at = _position(before, count - 1)
+    last = Step(level, around, at, records[-1].with_choices(choices), gradient)
+    return _position((variables, *end[1:]), count), losses, measured, last, pull
+
+
+def _numbers(at: Position) -> tuple[Tree, Mapping[str, Tensor], Mapping[str, Tree]]:
+    """The tensors of a position without their history: what a transform lets out."""
+    moments = {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
+    return _tree.detach(at.variables), dict(at.buffers), moments
+
+
+def _position(numbers: Sequence[Any], count: int) -> Position:
+    variables, buffers, moments = numbers
+    return Position(variables, buffers, OptimizerState(count=count, moments=moments))

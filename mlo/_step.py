@@ -142,5 +142,8 @@ def take(
 def connected(level: Level, gradient: Tree | None) -> Tree:
     """`gradient`, which is None where the objective of `level` does not depend on the level's own variables."""
     if gradient is None:
-        raise GraphError([Mistake(level.name, "objective", "it does not depend on the level's own variables")])
+        advice = f"does it read values['{level.name}'], outside `no_grad` and `detach`?"
+        raise GraphError(
+            [Mistake(level.name, "objective", f"it does not depend on the level's own variables; {advice}")]
+        )
     return gradient

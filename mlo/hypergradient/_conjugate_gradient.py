@@ -20,7 +20,8 @@ class ConjugateGradient(AbstractInverse):
 
     For H ≻ 0 with condition κ, after k iterations ‖q − H⁻¹λ‖_H ≤ 2((√κ − 1)/(√κ + 1))ᵏ ‖H⁻¹λ‖_H. Along a direction p with
     pᵀHp ≤ 0 there is no minimum: it stops with the iterate it has, and reports `negative_curvature` 1. Also reports
-    `residual`, ‖λ − Hq‖/‖λ‖, and `iterations`. λ = 0 gives q = 0. Costs one Hessian product an iteration.
+    `residual`, ‖λ − Hq‖/‖λ‖, and `iterations`. λ = 0 gives q = 0; a product that is not finite gives NaN. Costs one
+    Hessian product an iteration.
 
     - `iterations`: at most so many.
     - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32.
@@ -50,6 +51,7 @@ class ConjugateGradient(AbstractInverse):
         stop = self._tolerance(cotangent) ** 2 * length
         going = square > stop
         flat = going & ~going
+        broken = ~square.isfinite()
         used = going.to(square.dtype) * 0
         for _ in range(self.iterations):
             if at.is_false(going):
@@ -57,6 +59,7 @@ class ConjugateGradient(AbstractInverse):
             image = _tree.add(at.hessian(direction), direction, scale=self.damping)
             curvature = _tree.inner(direction, image)
             flat = flat | (going & (curvature <= 0))
+            broken = broken | (going & ~curvature.isfinite())
             going = going & (curvature > 0)
             step = (square / curvature).where(going, 0.0)
             solution = _tree.add(solution, direction, scale=step)
@@ -67,6 +70,10 @@ class ConjugateGradient(AbstractInverse):
             used = used + going.to(used.dtype)
             square = after.where(going, square)
             going = going & (square > stop)
+        poison = (square * 0).where(
+            ~broken, float("nan")
+        )  # a comparison with what is not a number is false: say so here
+        solution = _tree.apply(lambda tensor: tensor + poison, solution)
         at.report("residual", (square / (length + (length == 0))).sqrt())
         at.report("iterations", used)
         at.report("negative_curvature", flat.to(square.dtype))

@@ -402,7 +402,7 @@ def test_a_loss_that_is_not_finite(bad, method):
 
     error = run_until_it_breaks(graph, 4, batches)
     assert (error.level, error.step, error.term, error.iteration) == ("w", 2, "the loss", 4)
-    assert str(error) == "iteration 4: level 'w', step 2: the loss is not finite"
+    assert str(error).startswith("iteration 4: level 'w', step 2: the loss is not finite; ")
 
 
 @methods
@@ -476,3 +476,36 @@ def test_a_run_that_diverges_stops():
     with pytest.raises(mlo.NumericalError, match="level 'w', step 1: the"):
         run()
     assert state.values["w"].isfinite().all()
+
+
+def test_an_objective_that_stumbles_over_nan_is_not_blamed_for_it():
+    def inner(values: Any, batch: Any) -> Tensor:
+        return (values["w"] * values["u"]).sum() * float("nan")
+
+    def outer(values: Any, batch: Any) -> Tensor:
+        if not bool(values["w"].isfinite().all()):
+            raise ValueError("expected finite parameters")
+        return values["w"].sum()
+
+    graph = mlo.Graph([level("w", given=["u"], objective=inner), level("u", subject_to=["w"], objective=outer)])
+    with pytest.raises(mlo.NumericalError) as raised:
+        graph.step(graph.init())
+    assert (raised.value.level, raised.value.term) == ("w", "the loss")
+
+
+def test_what_an_objective_raises_is_told_where_it_was():
+    def objective(values: Any, batch: Any) -> Tensor:
+        return values["w"] @ torch.ones(7)
+
+    graph = mlo.Graph([level("w", objective=objective)])
+    with pytest.raises(RuntimeError) as raised:
+        graph.step(graph.init())
+    (note,) = raised.value.__notes__
+    assert note.startswith("In the objective of level 'w', iteration 1, test_errors.py:")
+
+
+@pytest.mark.parametrize("measured", [3, {"a": "text"}])
+def test_measurements_that_are_no_numbers_are_refused(measured):
+    graph = mlo.Graph([level("w", objective=lambda values, batch: (values["w"].sum(), measured))])
+    with pytest.raises(mlo.UserError, match=r"level 'w' (must measure a mapping|measured 'a')"):
+        graph.step(graph.init())

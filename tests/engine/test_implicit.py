@@ -395,3 +395,120 @@ def test_a_network_with_batch_statistics_and_dropout_has_the_same_hessian_in_eve
     assert flat(solved).norm() > 0
     assert same_bits(state.buffers["w"], buffers)
     assert relative_error(other, solved) <= 1e-8 or iterated.step(state)[1].reports["u", "w"]["negative_curvature"] == 1
+
+
+# What a second reader found.
+
+
+def test_conjugate_gradient_passes_on_what_is_not_a_number():
+    def inner(values: Any, batch: Any) -> Tensor:
+        return (values["w"].abs() ** 1.5).sum() + (values["w"] * values["u"]).sum()
+
+    def root(values: Any, batch: Any) -> Tensor:
+        return (values["w"] ** 2).sum().sqrt()  # no derivative at 0
+
+    def smooth(values: Any, batch: Any) -> Tensor:
+        return (values["w"] - 1).square().sum()
+
+    def square(values: Any, batch: Any) -> Tensor:
+        return 0.5 * values["w"].square().sum() + (values["w"] * values["u"]).sum()
+
+    for lower, upper in ((square, root), (inner, smooth)):
+        zero = torch.zeros(3, dtype=torch.float64)
+        method = ConjugateGradient(iterations=5)
+        levels = [
+            mlo.Level(
+                "w", objective=lower, variables=zero, given=("u",), optimizer=DESCENT, steps=0, hypergradient=method
+            ),
+            mlo.Level("u", objective=upper, variables=zero, subject_to=("w",), optimizer=DESCENT),
+        ]
+        graph = mlo.Graph(levels)
+        with pytest.raises(mlo.NumericalError, match="the part of the hypergradient through 'w'"):
+            graph.step(graph.init())
+
+
+def test_a_choice_is_made_once_for_a_linearisation_at_rest():
+    made = []
+
+    def inner(values: Any, batch: Any) -> Tensor:
+        sign = values.once("sign", lambda: made.append(1) or (values["w"] > 0).double())
+        return 0.5 * (values["w"] - values["u"] * (1 + sign)).square().sum()
+
+    def outer(values: Any, batch: Any) -> Tensor:
+        return values["w"].sum()
+
+    method = Implicit(inverse=Exact(), cross=CentralDifference(radius=1.0))
+    start = torch.tensor([-0.1, 0.5])
+    levels = [
+        mlo.Level(
+            "w", objective=inner, variables=start, given=("u",), optimizer=DESCENT, steps=0, hypergradient=method
+        ),
+        mlo.Level("u", objective=outer, variables=torch.ones(2), subject_to=("w",), optimizer=DESCENT),
+    ]
+    graph = mlo.Graph(levels)
+    assert relative_error(graph.hypergradient("u", graph.init()), torch.tensor([1.0, 2.0])) <= 1e-9
+    assert len(made) == 1
+
+
+def test_an_implicit_method_at_rest_that_reaches_nothing_is_an_error():
+    def inner(values: Any, batch: Any) -> Tensor:
+        return values["w"].square().sum()
+
+    levels = [
+        mlo.Level(
+            "w",
+            objective=inner,
+            variables=torch.ones(2),
+            given=("u",),
+            optimizer=DESCENT,
+            steps=0,
+            hypergradient=Exact(),
+        ),
+        mlo.Level("u", objective=inner, variables=torch.ones(2), subject_to=("w",), optimizer=DESCENT),
+    ]
+    graph = mlo.Graph(levels)
+    with pytest.raises(mlo.GraphError, match="does not reach back"):
+        graph.hypergradient("u", graph.init())
+
+
+@pytest.mark.parametrize("method", [mlo.hypergradient.FiniteDifference(), Unroll(), Exact()])
+def test_an_objective_in_which_the_levels_do_not_meet_is_found_before_the_first_step(method):
+    def inner(values: Any, batch: Any) -> Tensor:
+        return values["w"].square().sum() + values["u"].square().sum()
+
+    def outer(values: Any, batch: Any) -> Tensor:
+        return values["w"].sum()
+
+    levels = [
+        mlo.Level("w", objective=inner, variables=torch.ones(2), given=("u",), optimizer=DESCENT, hypergradient=method),
+        mlo.Level("u", objective=outer, variables=torch.ones(2), subject_to=("w",), optimizer=DESCENT),
+    ]
+    graph = mlo.Graph(levels)
+    with pytest.raises(mlo.GraphError, match="does not reach back to 'u'"):
+        graph.probe(graph.init())
+
+
+def test_a_method_that_asks_for_both_finds_its_last_step_and_its_linearisation():
+    """A recorded response keeps its last step too, and is linearised on that step's own batch."""
+    problem = Quadratics("two", 4.0, 2)
+    recorded, plain = (mlo.Graph(problem.levels(method, 3, DESCENT)) for method in (Both(), Exact()))
+    assert relative_error(recorded.hypergradient("u", recorded.init()), plain.hypergradient("u", plain.init())) <= 1e-12
+
+
+class Both(mlo.hypergradient.AbstractHypergradient):
+    """Records one step and then asks for everything else."""
+
+    def tape(self, steps: int, size: int) -> mlo.hypergradient.Tape:
+        return mlo.hypergradient.Tape(recorded=1, kept=2)
+
+    def cost(self, steps: int, size: int) -> mlo.hypergradient.Cost:
+        return mlo.hypergradient.Cost(gradients=1, products=2 + size)
+
+    def objection(self, optimizer: Any) -> None:
+        return None
+
+    def pullback(self, response: Any, cotangent: Any) -> Any:
+        step = response.taken()[-1]
+        replayed = step.replay(cotangent, {})[2]["u"]
+        assert relative_error(response.pull_recorded(cotangent)["u"], replayed) <= 1e-12
+        return Exact().pullback(response, cotangent)

@@ -684,3 +684,41 @@ def test_tied_buffers_stay_tied():
     assert {name: tensor.item() for name, tensor in state.buffers["w"].items()} == {"one.count": 2.0}
     inputs, _ = images(0)["u"]
     assert torch.equal(graph.values(state)["w"](inputs), graph.module("w", state)(inputs))
+
+
+def test_a_buffer_that_is_assigned_and_not_written_to_is_kept_too():
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self) -> Tensor:
+            self.calls = self.calls + 1
+            return self.weight.square().sum()
+
+    level = mlo.Level(
+        "w",
+        objective=lambda values, batch: values["w"](),
+        variables=Counting(),
+        optimizer=mlo.optimizer.SGD(learning_rate=0.1),
+    )
+    graph = mlo.Graph([level])
+    state = graph.init()
+    for _ in range(3):
+        state, _ = graph.step(state)
+    assert state.buffers["w"]["calls"] == 3
+    assert graph.module("w", state).calls == 3
+
+
+@pytest.mark.parametrize("what", ["values", "batch"])
+def test_an_objective_that_changes_what_it_is_given_in_place_is_an_error(what):
+    def objective(values: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            (values["w"] if what == "values" else batch["x"][0]).clamp_(max=0.5)
+        return (values["w"] * batch["x"][0]).sum()
+
+    level = mlo.Level("w", objective=objective, variables=torch.ones(2), optimizer=mlo.optimizer.SGD(learning_rate=0.1))
+    graph = mlo.Graph([level])
+    with pytest.raises(mlo.UserError, match="changed values or its batch in place"):
+        graph.step(graph.init(), {"w": {"x": [torch.ones(2)]}})

@@ -99,3 +99,10 @@ def test_data_without_a_common_number_of_samples_are_refused(wrong: object) -> N
 def test_a_constant_is_the_same_every_time() -> None:
     batch = object()
     assert Constant(batch).draw(Draw(0, "s", 9)) is batch
+
+
+def test_an_iterable_gives_the_draws_of_one_iteration_again() -> None:
+    stream = Iterated(iter(range(6)))
+    first = [stream.draw(Draw(0, "s", 1, step)) for step in range(2)]
+    assert [stream.draw(Draw(0, "s", 1, step)) for step in range(2)] == first == [0, 1]
+    assert [stream.draw(Draw(0, "s", t)) for t in (2, 3)] == [2, 3]
