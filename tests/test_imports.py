@@ -30,7 +30,7 @@ LAYERS = [
     {"mlo._response"},
     {"mlo._engine"},
     {"mlo._graph", "mlo._problem"},
-    {"mlo.spec"},
+    {"mlo.spec", "mlo.testing"},
     {"mlo._run"},
     {"mlo._doctor", "mlo._draw", "mlo._export", "mlo._new"},
     {"mlo.cli"},
@@ -161,7 +161,7 @@ import mlo
 mlo.optimizer.SGD(learning_rate=mlo.schedule.Cosine(start=0.1, over=9), momentum=0.9), mlo.optimizer.Adam()
 mlo.hypergradient.Unroll(), mlo.hypergradient.FiniteDifference().cost(3, 1)
 mlo.GraphError, mlo.NumericalError
-loaded = {"torch", "numpy", "networkx", "problems"} & set(sys.modules)
+loaded = {"torch", "numpy", "networkx", "hypothesis", "problems"} & set(sys.modules)
 assert not loaded, loaded
 """
 
