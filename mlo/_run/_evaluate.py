@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from mlo import _random
 from mlo._errors import UserError, nearest
 from mlo._problem import Evaluation, Split
+from mlo._run import _generators
+from mlo.spec._faults import Fault, kind_of, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,53 @@ def evaluate(
     assembly: Assembly, state: State, totals: Mapping[str, Mapping[str, Tensor]], split: Split, *, complete: bool
 ) -> Evaluation:
     """The problem's own evaluation, without derivatives, on running statistics, with noise keyed by the seed."""
+    found = _judged(assembly, state, totals, split, complete=complete)
+    named = {f"{split}.{name}": float(value) for name, value in found.metrics.items()}
+    return Evaluation(metrics=named, tables=found.tables, pictures=found.pictures)
+
+
+def try_evaluation(assembly: Assembly, state: State) -> None:
+    """Evaluate `state` once, before anything is measured, and forget it: every random generator stays as it was.
+
+    Raises `SpecError` for an evaluation that cannot be called, gives something else than an `Evaluation` of numbers, or
+    has no metric of the name that selects: later, each of them would end a run that has begun.
+    """
+    spec, judge = assembly.spec, assembly.problem.evaluate
+    if spec.evaluation is None or judge is None:
+        return
+
+    def refuse(message: str, *key: str) -> None:
+        spec.fail([Fault(("evaluation", *key), message, not key)])
+
+    try:
+        inspect.signature(judge).bind({}, "validation", model=(), totals={}, complete=False)
+    except TypeError as error:
+        refuse(f"the problem's evaluate(values, split, *, model, totals, complete) cannot be called so: {error}.")
+    before = _generators.capture()
+    try:
+        found: Any = _judged(assembly, state, {}, "validation", complete=False)
+    except KeyError:  # perhaps of what nothing has been measured of yet
+        return
+    finally:
+        _generators.restore(before)
+    if not isinstance(found, Evaluation):
+        refuse(f"the problem's evaluate must give an mlo.Evaluation, got {kind_of(found)}.")
+    if not isinstance(found.metrics, Mapping):
+        refuse(f"the problem's evaluate must give metrics by name, got {kind_of(found.metrics)}.")
+    for name, value in found.metrics.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):
+            shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+            refuse(f"the problem's evaluate must give numbers, and the metric '{name}' is {kind_of(value)}{shape}.")
+    metrics = [f"validation.{name}" for name in found.metrics]
+    if spec.evaluation.select is not None and spec.evaluation.select not in metrics:
+        refuse(unknown("metric", spec.evaluation.select, metrics), "select")
+
+
+def _judged(
+    assembly: Assembly, state: State, totals: Mapping[str, Mapping[str, Tensor]], split: Split, *, complete: bool
+) -> Evaluation:
     judge = assembly.problem.evaluate
     assert judge is not None
     settings = assembly.spec.evaluation
@@ -32,9 +82,7 @@ def evaluate(
     values = assembly.graph.values(state)
     with _random.preserved(), torch.no_grad():
         _random.reseed(_random.key(state.seed, "evaluation", split))
-        found = judge(values, split, model=model, totals=totals, complete=complete)
-    named = {f"{split}.{name}": float(value) for name, value in found.metrics.items()}
-    return Evaluation(metrics=named, tables=found.tables, pictures=found.pictures)
+        return judge(values, split, model=model, totals=totals, complete=complete)
 
 
 @final

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -36,8 +37,24 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """`value` as indented JSON, in one step."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """`value` as indented JSON, in one step; a number that JSON has no word for (NaN, an infinity) becomes null."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of every number that is not finite."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            table: Mapping[Any, Any] = value
+            return {key: finite(each) for key, each in table.items()}
+        case list() | tuple():
+            items: Iterable[Any] = value
+            return [finite(each) for each in items]
+        case _:
+            return value
 
 
 def remove_parts(folder: Path) -> None:
@@ -46,10 +63,19 @@ def remove_parts(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def new_folder(path: Path) -> Path:
-    """Make the run folder `path`. Raises `UserError` if something is in it already, `MachineError` if it cannot be."""
+def run_folder(path: Path) -> Path:
+    """Make the run folder `path`; what `new_folder` refuses may be a run to go on with."""
+    unfinished = (path / "spec.yaml").is_file() and not (path / "summary.json").is_file()
+    return new_folder(path, "a run folder", f", or go on with it: python -m mlo resume {path}" if unfinished else "")
+
+
+def new_folder(path: Path, what: str, otherwise: str = "") -> Path:
+    """Make the folder `path`. Raises `UserError` if something is in it already, `MachineError` if it cannot be.
+
+    - `what`: what it is to be, for the message, which ends in `otherwise`.
+    """
     if path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
-        raise UserError(f"{path}: a run folder must be new or empty; choose another with --out")
+        raise UserError(f"{path}: {what} must be new or empty; choose another with --out{otherwise}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

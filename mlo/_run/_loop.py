@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from mlo._run import _checkpoint, _generators
 from mlo._run._evaluate import evaluate
+from mlo._run._files import finite
 from mlo._run._log import Log, plain
 from mlo._run._pictures import write_pictures
 from mlo._run._progress import Progress
@@ -88,7 +89,7 @@ class Loop:
             self.standing = standing
             log.write(iteration, entry, seconds=self._seconds())
             if found is not None:
-                log.write(iteration, {"evaluation": found}, seconds=self._seconds())
+                log.write(iteration, {"evaluation": finite(found)}, seconds=self._seconds())
             if iteration % self.assembly.checkpoint_every == 0:
                 self._save(log)
         progress.update(iteration, entry)
@@ -113,7 +114,8 @@ class Loop:
             self._save(log)
         folder = self.folder / "checkpoint"
         if (iteration := _checkpoint.iteration_of(folder)) is not None:
-            error.add_note(f"The last good checkpoint is {folder / 'latest.json'}, iteration {iteration}.")
+            kept = f"The last good checkpoint is {folder / 'latest.json'}, iteration {iteration}."
+            error.add_note(kept if iteration else "Nothing was trained.")
 
     def _write(
         self, name: str, checkpoint: _checkpoint.Checkpoint, selected: _checkpoint.Record | None = None

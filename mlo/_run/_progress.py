@@ -43,10 +43,10 @@ class Progress:
         )
         for name, norms in entry["norms"].items():
             self._norms[name] = norms["total"]
+        self._losses |= entry["losses"]
         if not plain_due and now - self._shown_at < wait:
             return
         self._shown_at = now
-        self._losses |= entry["losses"]
         line = self.line(iteration, now)
         if self._live:
             self._live.update(Text(line))

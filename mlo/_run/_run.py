@@ -16,8 +16,8 @@ from rich.console import Console
 from mlo._errors import UserError
 from mlo._run import _checkpoint, _generators
 from mlo._run._batches import Source
-from mlo._run._evaluate import Selection
-from mlo._run._files import LOCK, Refused, new_folder, remove_parts, write_atomically, write_json
+from mlo._run._evaluate import Selection, try_evaluation
+from mlo._run._files import LOCK, Refused, remove_parts, run_folder, write_atomically, write_json
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import alone
 from mlo._run._log import METRICS, cut_metrics
@@ -28,7 +28,7 @@ from mlo._run._record import RunRecord, place_of, versions
 from mlo._run._resumable import fitting, unlike
 from mlo._run._session import accounted, session
 from mlo._run._standing import Standing
-from mlo._run._start import CACHE, start_folders, start_runs, start_values
+from mlo._run._start import CACHE, lasting, start_folders, start_runs, start_values
 from mlo._run._summary import print_summary, summarise
 from mlo.spec._build import Assembly, assemble
 
@@ -58,7 +58,7 @@ def run(
     kept = Path(cache).absolute()
     with session(spec.seed, spec.threads), accounted(folder, kept):
         assembly = assemble(spec)
-        with alone(new_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
+        with alone(run_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
             record = RunRecord(
                 spec_hash=spec.hash,
                 imports={module: place_of(module) for module in spec.imports},
@@ -66,7 +66,7 @@ def run(
                 cache=str(kept),
                 versions=versions(),
             )
-            record.write(new_folder(folder))
+            record.write(folder)
             write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
             life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began)
             return life.from_the_start()
@@ -138,6 +138,7 @@ class _Life:
         starts = start_runs(spec, self.cache, self._run_start, say)
         state = graph.init(values=start_values(starts), seed=spec.seed)
         graph.probe(state, self._source.all_batches(graph.levels, 1))
+        try_evaluation(self.assembly, state)
         selection = Selection(spec.evaluation and spec.evaluation.select)
         return self._go_on(Standing(state=state, selection=selection), None, self.began)
 
@@ -204,10 +205,13 @@ class _Life:
             norms=loop.standing.mean_norms(),
             tables=verdict.tables,
             starts=start_folders(self.assembly.spec, self.cache),
+            negative_curvature=loop.standing.negative_curvature(),
             seconds=time.monotonic() - began,
         )
         write_json(self.folder / "summary.json", summary)
-        print_summary(self.console, summary, self.folder)
+        selection = loop.standing.selection
+        unselected = selection.metric if selection.best is None else None
+        print_summary(self.console, summary, lasting(self.folder, self.cache), unselected=unselected)
         return open_run(self.folder)
 
     def _run_start(self, start: Spec, inside: Path) -> Any:

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class Standing:
     """One value, replaced as a whole: an interrupt finds the iteration before or the one after, never a part of it.
 
-    - `totals`: what objectives have measured, summed over all steps, by level.
+    - `totals`: what objectives have measured, summed over all steps, by level; what changes its shape, as measurements of
+      single samples do, is summed over its entries too.
     - `counts`: what it has cost.
     - `norms`: by upper level, how many updates, and the sums of the norms of its hypergradient's parts.
+    - `curvature`: by level, of how many pullbacks its method has reported the curvature, and how often it was negative.
     - `selection`: which state is the best, and `best`, that state; None while none is.
     """
 
@@ -33,6 +35,7 @@ class Standing:
     totals: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, "Mapping[str, Tensor]"])
     counts: Cost = field(default_factory=lambda: Cost(0, 0, 0))
     norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, "Mapping[str, Any]"])
+    curvature: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     best: Checkpoint | None = None
 
     def after(self, state: State, metrics: Metrics, entry: Mapping[str, Any], levels: Mapping[str, Level]) -> Standing:
@@ -41,13 +44,18 @@ class Standing:
         for level, measured in metrics.measured.items():
             sums = dict(totals.get(level, {}))
             for name, value in measured.items():
-                added = value.double() * levels[level].steps
-                sums[name] = sums[name] + added if name in sums else added
+                sums[name] = _sum(sums.get(name), value.double() * levels[level].steps)
             totals[level] = sums
         done = (metrics.gradients, metrics.products, len(metrics.pullbacks))
         counts = Cost(*(before + now for before, now in zip(self.counts, done, strict=True)))
         norms = {**self.norms, **{upper: self._added(upper, seen) for upper, seen in entry["norms"].items()}}
-        return replace(self, state=state, totals=totals, counts=counts, norms=norms)
+        curvature = dict(self.curvature)
+        for reports in entry.get("reports", {}).values():
+            for level, report in reports.items():
+                if "negative_curvature" in report:
+                    seen, negative = curvature.get(level, (0, 0))
+                    curvature[level] = (seen + 1, negative + (report["negative_curvature"] > 0))
+        return replace(self, state=state, totals=totals, counts=counts, norms=norms, curvature=curvature)
 
     def judged(self, found: Mapping[str, float]) -> Standing:
         """The same, after an evaluation that may have made it the best."""
@@ -59,7 +67,13 @@ class Standing:
     def checkpoint(self, generators: Mapping[str, Tensor], **more: Any) -> Checkpoint:
         """All of it but `best`, as it is kept, and `more` of what JSON holds."""
         selection = {"best": self.selection.best, "iteration": self.selection.iteration}
-        gathered = {"counts": list(self.counts), "norms": self.norms, "selection": selection, **more}
+        gathered = {
+            "counts": list(self.counts),
+            "norms": self.norms,
+            "curvature": self.curvature,
+            "selection": selection,
+            **more,
+        }
         return Checkpoint(state=self.state, totals=self.totals, generators=generators, gathered=gathered)
 
     @classmethod
@@ -72,6 +86,7 @@ class Standing:
             totals=latest.totals,
             counts=Cost(*gathered["counts"]),
             norms=gathered["norms"],
+            curvature={level: (seen, negative) for level, (seen, negative) in gathered.get("curvature", {}).items()},
             best=best,
         )
 
@@ -86,6 +101,14 @@ class Standing:
             for upper, sums in self.norms.items()
         }
 
+    def negative_curvature(self) -> Mapping[str, Any]:
+        """For each level where conjugate gradients met negative curvature, in how many of how many pullbacks."""
+        return {
+            level: {"pullbacks": seen, "negative": negative}
+            for level, (seen, negative) in self.curvature.items()
+            if negative
+        }
+
     def _added(self, upper: str, seen: Mapping[str, Any]) -> Mapping[str, Any]:
         sums = self.norms.get(upper, {"times": 0, "direct": 0.0, "through": {}})
         through = {name: sums["through"].get(name, 0.0) + norm for name, norm in seen["through"].items()}
@@ -94,3 +117,9 @@ class Standing:
             "direct": sums["direct"] + seen["direct"],
             "through": {**sums["through"], **through},
         }
+
+
+def _sum(before: Tensor | None, added: Tensor) -> Tensor:
+    if before is None:
+        return added
+    return before + added if before.shape == added.shape else before.sum() + added.sum()

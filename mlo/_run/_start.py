@@ -27,6 +27,12 @@ def start_folder(spec: Spec, cache: Path) -> Path:
     return cache / f"{spec.name}-{spec.hash[:16]}"
 
 
+def lasting(folder: Path, cache: Path) -> Path:
+    """Where a run in `folder` lies once it is finished: one that others start from changes its place."""
+    made = folder.name.startswith(".") and folder.absolute().parent == cache.absolute()
+    return folder.with_name(folder.name.removeprefix(".")) if made else folder
+
+
 def start_folders(spec: Spec, cache: Path) -> dict[str, str]:
     """By level, the folder its initial values come from."""
     return {level: str(start_folder(start, cache)) for level, start in spec.starts.items()}
@@ -40,13 +46,17 @@ def start_runs(spec: Spec, cache: Path, run: Callable[[Spec, Path], Any], say: C
     and the next process goes on with it. Of several processes that want the same start one runs it; the others wait.
     """
     found: dict[str, Run] = {}
+    made = False
     for folder, (levels, start) in _by_folder(spec, cache).items():
         cached = _is_sound(folder, start, say)
         names = ", ".join(levels)
         say(f"start: {names} from {start.name} ({'cached in' if cached else 'runs first, then kept in'} {folder})")
         if not cached:
             _make(folder, start, run, say)
+            made = True
         found |= dict.fromkeys(levels, open_run(folder))
+    if made:
+        say(f"start finished; now {spec.name}")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich.box
 from rich.table import Table as Shown
 
+from mlo._run._progress import progress_line
 from mlo._run._record import git_commit, versions
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def summarise(
     norms: Mapping[str, Any],
     tables: tuple[Table, ...],
     starts: Mapping[str, str],
+    negative_curvature: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     """Everything worth keeping about a finished run, as JSON holds it."""
@@ -40,6 +42,7 @@ def summarise(
         "selected": selected,
         "metrics": dict(metrics),
         "norms": norms,
+        "negative_curvature": negative_curvature,
         "counts": counts._asdict(),
         "predicted_counts": assembly.graph.cost(assembly.iterations)._asdict(),
         "tables": [
@@ -54,8 +57,12 @@ def summarise(
     }
 
 
-def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
-    """The tables, the metrics of the selected state, the norms and the counts."""
+def print_summary(console: Console, summary: Mapping[str, Any], folder: Path, *, unselected: str | None = None) -> None:
+    """The tables, the metrics of the selected state, the norms and the counts.
+
+    - `unselected`: the metric that should have selected, and was never a number.
+    """
+    say = progress_line(console)
     for table in summary["tables"]:
         shown = Shown(title=table["title"], box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for number, column in enumerate(table["columns"]):
@@ -65,7 +72,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) ->
         console.print(shown)
     if summary["metrics"]:
         shown = Shown(
-            title=f"Selected: iteration {summary['selected']} of {summary['iterations']}",
+            title=f"{'Last' if unselected else 'Selected'}: iteration {summary['selected']} of {summary['iterations']}",
             box=rich.box.SIMPLE_HEAD,
             title_justify="left",
             title_style="bold",
@@ -77,18 +84,30 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) ->
         for name in dict.fromkeys(name.split(".", 1)[1] for name in summary["metrics"]):
             shown.add_row(name, *(_cell(summary["metrics"].get(f"{split}.{name}")) for split in splits))
         console.print(shown)
+    if unselected:
+        say(f"nothing was selected: {unselected} was never a number; these are the last state's")
     for upper, norms in summary["norms"].items():
         through = "  ".join(f"through {lower} {norm:.3g}" for lower, norm in norms["through"].items())
         line = f"‖d {upper}‖, mean of {norms['updates']} updates: direct {norms['direct']:.3g}  {through}"
-        console.print(line.rstrip(), highlight=False, soft_wrap=True)
-    counts = summary["counts"]
-    agree = "as predicted" if counts == summary["predicted_counts"] else f"predicted {summary['predicted_counts']}"
-    console.print(
-        f"{counts['gradients']:,} gradients, {counts['products']:,} products, {counts['pullbacks']:,} pullbacks "
-        f"({agree}) in {summary['seconds']:.1f} s",
-        highlight=False,
-    )
-    console.print(f"{folder}", highlight=False, soft_wrap=True)
+        say(line.rstrip())
+    for level, met in summary["negative_curvature"].items():
+        say(
+            f"conjugate gradients met negative curvature in {met['negative']:,} of {met['pullbacks']:,} pullbacks "
+            f"of '{level}'"
+        )
+    say(f"{_counted(summary['counts'], summary['predicted_counts'])} in {summary['seconds']:.1f} s")
+    say(f"{folder}")
+
+
+def _counted(counts: Mapping[str, int], predicted: Mapping[str, int]) -> str:
+    """`80 gradients, 91 products (at most 120 predicted), 20 pullbacks`, or all of them `(as predicted)`."""
+
+    def part(name: str) -> str:
+        found, most = counts[name], predicted[name]
+        differs = "" if found == most else f" ({'at most ' if found < most else ''}{most:,} predicted)"
+        return f"{found:,} {name}{differs}"
+
+    return ", ".join(map(part, counts)) + (" (as predicted)" if counts == predicted else "")
 
 
 def _cell(value: str | float | None) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mlo._errors import UserError
 
 GraphArgument = Annotated[
     str, typer.Argument(metavar="GRAPH", help="A YAML file, or the name of a shipped graph such as needs_aware.")
@@ -31,7 +35,25 @@ def with_options(overrides: list[str] | None, seed: int | None = None, device: s
 
 
 def modules(imports: Sequence[str] | None) -> tuple[str, ...]:
-    """The modules of `--import`, which may lie in the working directory however `mlo` was started."""
+    """The modules of `--import`, which may lie in the working directory however `mlo` was started.
+
+    Raises `UserError` for one that does not exist.
+    """
     if imports and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
+    for module in imports or ():
+        if module.endswith(".py"):
+            raise UserError(f"--import {module}: write --import {'.'.join(Path(module).with_suffix('').parts)}")
+        if not _exists(module):
+            raise UserError(f"--import {module}: there is no such module")
     return tuple(imports or ())
+
+
+def _exists(module: str) -> bool:
+    """Whether there is such a module; of one inside a package, only whether there is the package, which stays unread."""
+    if module in sys.modules:
+        return True
+    try:
+        return find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # an empty name, or a module that hides where it comes from
+        return False

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlo import _structure
+from mlo._draw._facts import choice
 from mlo._run._batches import Source
+from mlo.hypergradient import ConjugateGradient, Implicit
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mlo._graph import Graph
+    from mlo.spec import Spec
     from mlo.spec._build import Assembly
 
 
@@ -29,7 +32,7 @@ def describe(assembly: Assembly, console: Console) -> None:
     lines = [f"{assembly.spec.name}: {len(graph.order)} levels, {assembly.iterations:,} iterations"]
     lines.append(f"run order: {' → '.join(graph.order)}")
     for name in graph.order:
-        lines += _upper_lines(graph, name)
+        lines += _upper_lines(assembly.spec, graph, name)
     frozen = [name for name, level in graph.levels.items() if level.frozen]
     if frozen:
         lines.append(f"constant: {', '.join(frozen)}")
@@ -37,17 +40,31 @@ def describe(assembly: Assembly, console: Console) -> None:
         lines.append(f"{level} starts from {start.name}")
     lines += [f"notice: {notice}" for notice in assembly.notices]
     cost = graph.cost(assembly.iterations)
-    lines.append(f"cost: {cost.gradients:,} gradients, {cost.products:,} products, {cost.pullbacks:,} pullbacks")
+    most = "at most " if _may_stop_early(graph) else ""
+    lines.append(f"cost: {cost.gradients:,} gradients, {most}{cost.products:,} products, {cost.pullbacks:,} pullbacks")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _upper_lines(graph: Graph, name: str) -> list[str]:
+def _may_stop_early(graph: Graph) -> bool:
+    """Whether a response is pulled back by a method with a tolerance."""
+    pulled = {lower for level in graph.levels.values() for lower in _structure.differentiated(level, graph.levels)}
+    methods = [graph.levels[name].hypergradient for name in pulled]
+    inverses = [method.inverse if isinstance(method, Implicit) else method for method in methods]
+    return any(isinstance(inverse, ConjugateGradient) for inverse in inverses)
+
+
+def _upper_lines(spec: Spec, graph: Graph, name: str) -> list[str]:
     level = graph.levels[name]
     below = [lower for lower in reversed(graph.order) if lower in _structure.differentiated(level, graph.levels)]
     if not below:
         return []
-    methods = ", ".join(f"{lower} ({graph.levels[lower].hypergradient})" for lower in below)
+    methods = ", ".join(f"{lower} ({_method(spec, lower)})" for lower in below)
     paths = _structure.held_fixed(level, graph.levels)
     held = "; ".join(" → ".join(path) for path in paths) or "nothing"
     return [f"{name} differentiates through: {methods}", f"{name} holds fixed: {held}"]
+
+
+def _method(spec: Spec, level: str) -> str:
+    """As `show` writes it: `finite_difference {radius: 0.01}`."""
+    return choice(spec.levels[level].hypergradient) or "unroll"

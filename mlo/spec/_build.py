@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from mlo._problem import Context, Problem, Settings
 from mlo.hypergradient import Unroll
 from mlo.schedule._abstract import AbstractSchedule
 from mlo.schedule._epochs import in_iterations
-from mlo.spec._faults import Fault, unknown
+from mlo.spec._faults import Fault, kind_of, unknown
 from mlo.spec._levels import Epochs, LevelSpec
 from mlo.spec._nodes import fold
 from mlo.spec._options import check_options, construct
@@ -61,6 +62,7 @@ class Assembly:
 def assemble(spec: Spec) -> Assembly:
     """Build the problem and the graph that `spec` describes. Raises `SpecError` with every mistake of this stage."""
     context = context_of(spec)
+    spec.fail(_device_faults(context.device))
     problem = problem_of(spec, context)
     if spec.dtype == "bfloat16":
         cast = {name: _under_autocast(each, context.device.type) for name, each in problem.objectives.items()}
@@ -113,12 +115,53 @@ def problem_of(spec: Spec, context: Context) -> Problem:
     build = builder_of(spec)
     settings, faults = construct(settings_of(build), spec.data)
     spec.fail(fault.below(("data",)) for fault in faults)
+    where = f"{build.__module__}.build"
     try:
-        return build(settings, context)
+        inspect.signature(build).bind(settings, context)
+    except TypeError as error:
+        spec.fail([Fault(("problem",), f"{where}: must be called build(settings, context): {error}.")])
+    try:
+        problem = build(settings, context)
     except ValueError as error:  # what a problem says of its own settings
         key = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
         spec.fail([Fault(("data", key) if key in spec.data else ("data",), str(error))])
         raise
+    spec.fail(Fault(("problem",), f"{where}: {mistake}.") for mistake in _mistakes(problem))
+    return problem
+
+
+def _device_faults(device: torch.device) -> Iterator[Fault]:
+    cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    metal = ["mps"] if torch.backends.mps.is_available() else []
+    there = {"cpu": True, "mps": bool(metal), "cuda": (device.index or 0) < len(cuda)}
+    if not there[device.type]:
+        available = ", ".join(["cpu", *cuda, *metal])
+        yield Fault(("device",), f"there is no {device} on this machine. Available: {available}.")
+
+
+def _mistakes(problem: Any) -> Iterator[str]:
+    """What a problem's `build` has got wrong before any of it is used."""
+    if not isinstance(problem, Problem):
+        yield f"must return an mlo.Problem, got {kind_of(problem)}"
+        return
+    giving = {
+        "variables": "giving a module, tensors by name, or a tensor",
+        "objectives": "of (values, batch) giving a loss",
+        "streams": "",
+    }
+    for key, gives in giving.items():
+        table: Any = getattr(problem, key)
+        if not isinstance(table, Mapping):
+            yield f"{key} must be a mapping from names, got {kind_of(table)}"
+            continue
+        for name, each in cast("Mapping[Any, Any]", table).items():
+            if key != "streams" and not callable(each):
+                gives = "giving a tensor" if isinstance(each, torch.Tensor) else gives
+                yield f"{key}['{name}'] must be a function {gives}, got {kind_of(each)}"
+            elif key == "streams" and not isinstance(each, AbstractStream | Iterable):
+                yield f"streams['{name}'] must be a stream, or something to iterate over, got {kind_of(each)}"
+    if problem.evaluate is not None and not callable(problem.evaluate):
+        yield f"evaluate must be a function giving an mlo.Evaluation, got {kind_of(problem.evaluate)}"
 
 
 def settings_of(build: Callable[[Any, Context], Problem]) -> Any:

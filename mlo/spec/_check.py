@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -72,7 +73,13 @@ def _levels(data: Mapping[str, Any]) -> Mapping[str, Any]:
 def _problem(name: object, imports: Sequence[str]) -> list[Fault]:
     if not isinstance(name, str) or problem_named(name, imports) is not None:
         return []
-    return [Fault(("problem",), unknown("problem", name, problem_names(imports)))]
+    return [Fault(("problem",), unknown("problem", name, problem_names(imports)) + _own(name))]
+
+
+def _own(name: str) -> str:
+    """How to name a problem that lies where the command was started."""
+    there = name.isidentifier() and Path(f"{name}.py").is_file()
+    return f"\n  For a module of your own: --import {name}" if there else ""
 
 
 def _level(name: str, level: object, tree: Table, levels: Mapping[str, Any]) -> list[Fault]:

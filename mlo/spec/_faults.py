@@ -67,6 +67,15 @@ def expected(form: str, value: object) -> str:
     return f"expected {form}, got {shown(value)}"
 
 
+def kind_of(value: object) -> str:
+    """What sort of thing a function has given, for a message: `a tensor`, `None`, `an int`."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    name = name.lower() if name == "Tensor" else name
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 def shown(value: Any) -> str:
     """A value the way YAML writes it, cut where it grows long."""
     text = _shown(value)

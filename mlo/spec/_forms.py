@@ -29,6 +29,13 @@ _WORDS: dict[Any, str] = {
     None: "null",
     Any: "a value",
 }
+_ELSEWHERE = {
+    "lr": ("learning_rate",),
+    "wd": ("weight_decay",),
+    "eps": ("epsilon",),
+    "betas": ("beta1", "beta2"),
+}
+"""Options as other libraries name them: for a hint alone."""
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "true or false": "true or false"}
 
 
@@ -140,6 +147,12 @@ def _plural(arguments: Sequence[Any]) -> str:
     return _PLURALS.get(words, "values" if words == "a value" else f"values, each {words}")
 
 
+def _meant(name: str, names: Sequence[str]) -> str:
+    """` Did you mean …?`: what other libraries call `name`, or what it is spelled like."""
+    ours = [f"'{each}'" for each in _ELSEWHERE.get(name, ()) if each in names]
+    return f" Did you mean {' and '.join(ours)}?" if ours else nearest(name, names)
+
+
 def faults_of(error: ValidationError, model: type[BaseModel], data: Any, *, noun: str = "key") -> list[Fault]:
     """What pydantic found, in our words: one fault for each field that is wrong, at the field."""
     nested: dict[KeyPath, Sequence[Fault]] = {}
@@ -153,7 +166,7 @@ def faults_of(error: ValidationError, model: type[BaseModel], data: Any, *, noun
             names = written_keys(owner)
             message = f"unknown {noun}; there are none."
             if names:
-                message = f"unknown {noun}.{nearest(str(path[-1]), names)}{known(names)}"
+                message = f"unknown {noun}.{_meant(str(path[-1]), names)}{known(names)}"
             plain[path] = Fault(path, message, on_key=True)
         elif detail["type"] == "missing" and detail["loc"] == path:
             plain[path] = Fault(path[:-1], f"'{path[-1]}' is missing: {field.words}.", on_key=True)

@@ -43,9 +43,33 @@ def test_check_says_what_needs_aware_differentiates_and_holds_fixed(mlo_command)
     code, out, _ = mlo_command("check", "needs_aware")
     assert code == 0
     assert "run order: classifier → discriminator → generator → refined → meta" in out
-    assert "meta differentiates through: refined (FiniteDifference(radius=0.01)), generator" in out
+    assert "meta differentiates through: refined (finite_difference {radius: 0.01}), generator" in out
     assert "meta holds fixed: meta → discriminator → generator" in out
     assert "cost: 4,000 gradients, 0 products, 375 pullbacks" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "shown", "products"),
+    [
+        ("unroll", "unroll", "20 products"),
+        ("null", "unroll", "20 products"),
+        ("{conjugate_gradient: {iterations: 6}}", "conjugate_gradient {iterations: 6}", "at most 7 products"),
+        (
+            "{implicit: {inverse: {conjugate_gradient: {iterations: 6}}}}",
+            "implicit {inverse: {conjugate_gradient: {iterations: 6}}}",
+            "at most 7 products",
+        ),
+        ("{neumann: {terms: 6, step_size: 0.1}}", "neumann {terms: 6, step_size: 0.1}", ", 7 products"),
+    ],
+)
+def test_check_names_methods_as_show_does_and_says_which_cost_is_a_bound(mlo_command, method, shown, products) -> None:
+    setting = f"levels.weights.hypergradient={method}"
+    code, out, err = mlo_command("check", PENALTY, "iterations=1", setting)
+    assert (code, err) == (0, "")
+    assert f"penalty differentiates through: weights ({shown})" in out
+    assert products in out.splitlines()[-1]
+    pulled = [line for line in mlo_command("show", PENALTY, setting)[1].splitlines() if "pulled back by" in line]
+    assert pulled[0].endswith(f" {shown}")
 
 
 def test_check_finds_a_disconnected_level_before_the_first_step(mlo_command) -> None:
@@ -65,7 +89,16 @@ def test_check_finds_a_disconnected_level_before_the_first_step(mlo_command) -> 
         (("run", PENALTY, "levels.weights.batch=trian"), 2, "Did you mean 'train'?"),
         (("run", PENALTY, "levels.weights.freeze=[wieght]"), 2, "Did you mean 'weight'?"),
         (("run", PENALTY, "evaluation.model=[wights]"), 2, "Did you mean 'weights'?"),
-        (("run", PENALTY, "evaluation.select=validation.acc"), 2, "no metric named 'validation.acc'"),
+        (
+            ("run", PENALTY, "evaluation.select=validation.top"),
+            2,
+            "<override evaluation.select=validation.top>: evaluation.select: no metric named 'validation.top'. "
+            "Did you mean 'validation.top1'?\n  Known: validation.balanced_accuracy, ",
+        ),
+        (("run", PENALTY, "--device", "cuda:7"), 2, "device: there is no cuda:7 on this machine. Available: cpu"),
+        (("check", PENALTY, "device=cuda:7"), 2, "<override device=cuda:7>: device: there is no cuda:7"),
+        (("check", PENALTY, "--import", "noisyy"), 2, "--import noisyy: there is no such module"),
+        (("check", PENALTY, "--import", "noisy.py"), 2, "--import noisy.py: write --import noisy\n"),
         (("run", PENALTY, "levels.weights.optimizer.sgd.learning_rate=1e30"), 3, "level 'weights', step"),
         (("run", PENALTY, "--out", "/proc/mlo/run"), 4, "cannot be made"),
         (("run", PENALTY, "--no-such-option"), 2, "No such option"),

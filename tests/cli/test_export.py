@@ -62,7 +62,7 @@ def test_networks_with_buffers_options_and_frozen_parts(mlo_command, tmp_path, t
     ("arguments", "message"),
     [
         (("nowhere",), "nowhere: not a run folder, spec.yaml is missing"),
-        (("run", "--out", "run"), "run: a run folder must be new or empty"),
+        (("run", "--out", "run"), "run: an export folder must be new or empty"),
         (("run", "--which", "best"), "'best'"),
     ],
 )

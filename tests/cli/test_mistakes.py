@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import mlo
 from mlo.spec._files import LARGEST_FILE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,6 +97,11 @@ CHANGED = [
     ("    batch: train", "    every: 3", "12:3: levels.penalty.every: 'penalty' is due at iteration 1 and 'weights', which it is subject to, is not."),
     ("{sgd: {learning", "{sdg: {learning", "10:17: levels.weights.optimizer: no optimizer named 'sdg'. Did you mean 'sgd'?"),
     ("momentum: 0.5", "momentun: 0.5", "10:43: levels.weights.optimizer.sgd.momentun: unknown option. Did you mean 'momentum'?"),
+    ("momentum: 0.5", "lr: 0.1", "10:43: levels.weights.optimizer.sgd.lr: unknown option. Did you mean 'learning_rate'?"),
+    ("momentum: 0.5", "wd: 0.5", "10:43: levels.weights.optimizer.sgd.wd: unknown option. Did you mean 'weight_decay'?"),
+    ("momentum: 0.5", "eps: 0.5", "10:43: levels.weights.optimizer.sgd.eps: unknown option.\n"),
+    ("learning_rate: 1e-3", "eps: 1e-3", "17:24: levels.penalty.optimizer.adam.eps: unknown option. Did you mean 'epsilon'?"),
+    ("learning_rate: 1e-3", "betas: [0.9, 0.99]", "17:24: levels.penalty.optimizer.adam.betas: unknown option. Did you mean 'beta1' and 'beta2'?"),
     ("momentum: 0.5", "momentum: '0.5'", "10:53: levels.weights.optimizer.sgd.momentum: expected a number"),
     ("momentum: 0.5", "momentum: 1.5", "10:53: levels.weights.optimizer.sgd.momentum: momentum must be at least 0 and below 1, got 1.5."),
     ("finite_difference", "finite_diference", "11:21: levels.weights.hypergradient: no method named 'finite_diference'. Did you mean 'finite_difference'?"),
@@ -272,8 +278,43 @@ def test_answers_are_quick():
 def test_a_module_that_is_not_there_is_no_bug(mlo_command, tmp_path):
     (tmp_path / "graph.yaml").write_text(GRAPH.replace("penalty\n", "mine_alone\n", 1), encoding="utf-8")
     code, _, said = mlo_command("check", "graph.yaml", "--import", "mine_alone")
+    assert (code, said) == (2, "--import mine_alone: there is no such module\n")
+    with pytest.raises(mlo.SpecError, match=r"graph.yaml:1:10: problem: there is no module 'mine_alone' to import it"):
+        mlo.load("graph.yaml", imports=["mine_alone"]).build()
+
+
+def test_a_problem_that_lies_here_is_named_with_how_to_import_it(mlo_command, tmp_path):
+    (tmp_path / "graph.yaml").write_text(GRAPH.replace("penalty\n", "noisy\n", 1), encoding="utf-8")
+    assert "--import" not in mlo_command("check", "graph.yaml")[2]
+    (tmp_path / "noisy.py").touch()
+    code, _, said = mlo_command("check", "graph.yaml")
     assert code == 2
-    assert said.startswith("graph.yaml:1:10: problem: there is no module 'mine_alone' to import it from.")
+    assert said.startswith("graph.yaml:1:10: problem: no problem named 'noisy'.")
+    assert said.endswith("\n  For a module of your own: --import noisy\n")
+
+
+BUILT = [  # what `build` takes, what it returns, what is said of it
+    ("settings, context", "mlo.Problem(variables={'w': torch.ones(2)}, objectives={})", "build: variables['w'] must be a function giving a tensor, got a tensor."),
+    ("settings, context", "mlo.Problem(variables={'w': torch.nn.Linear(1, 1), 'v': [1.0]}, objectives={})", "build: variables['v'] must be a function giving a module, tensors by name, or a tensor, got a list."),
+    ("settings, context", "mlo.Problem(variables={}, objectives={'f': 3})", "build: objectives['f'] must be a function of (values, batch) giving a loss, got an int."),
+    ("settings, context", "mlo.Problem(variables={}, objectives={}, streams={'s': 3})", "build: streams['s'] must be a stream, or something to iterate over, got an int."),
+    ("settings, context", "mlo.Problem(variables=None, objectives={})", "build: variables must be a mapping from names, got None."),
+    ("settings, context", "mlo.Problem(variables={}, objectives={}, evaluate=3)", "build: evaluate must be a function giving an mlo.Evaluation, got an int."),
+    ("settings, context", "None", "build: must return an mlo.Problem, got None."),
+    ("settings", "None", "build: must be called build(settings, context): too many positional arguments."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("takes", "returned", "message"), BUILT)
+def test_a_mistake_in_what_builds_the_problem(mlo_command, tmp_path, monkeypatch, takes, returned, message):
+    monkeypatch.delitem(sys.modules, "built_wrong", raising=False)
+    (tmp_path / "built_wrong.py").write_text(
+        f"import torch, mlo\n\ndef build({takes}):\n    return {returned}\n", encoding="utf-8"
+    )
+    graph = GRAPH.replace("penalty\n", "built_wrong\n", 1).replace("data: {train_per_class: 4}\n", "")
+    (tmp_path / "graph.yaml").write_text(graph, encoding="utf-8")
+    code, _, said = mlo_command("check", "graph.yaml", "--import", "built_wrong")
+    assert (code, said) == (2, f"graph.yaml:1:10: problem: built_wrong.{message}\n")
 
 
 def test_paths_may_lead_anywhere_and_are_not_a_shell(mlo_command, tmp_path):

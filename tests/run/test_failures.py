@@ -75,7 +75,7 @@ def test_nan_in_one_level_exits_3_and_names_level_step_term_and_the_last_good_ch
     code, err = troubled("nan")
     assert code == 3
     assert err == (
-        "iteration 12: level 'upper', step 1: the loss is not finite\n"
+        "iteration 12: level 'upper', step 1: the loss is not finite; often a learning rate is too large\n"
         "  The last good checkpoint is run/checkpoint/latest.json, iteration 11.\n"
     )
     state = mlo.open_run("run").state("latest")
