@@ -138,13 +138,14 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_lookahead_may_differ_where_levels_are_never_due_together():
-    mlo.Graph(
+    graph = mlo.Graph(
         [
             level("w", given=["u", "v"]),
             level("u", subject_to=["w"], lookahead=True, every=2),
             level("v", subject_to=["w"], every=4, warm_up=1),
         ]
     )
+    assert graph.order == ("w", "u", "v")
 
 
 wrong_levels = [

@@ -145,7 +145,11 @@ def test_a_cycle_of_levels_is_printed(refused, graph):
 
 
 def test_due_times_in_epochs_are_left_to_the_problem(read, graph):
-    read(graph, "levels.weights.every=60", "levels.weights.warm_up={epochs: 30}", "levels.penalty.every={epochs: 1}")
+    spec = read(
+        graph, "levels.weights.every=60", "levels.weights.warm_up={epochs: 30}", "levels.penalty.every={epochs: 1}"
+    )
+    assert spec.levels["weights"].warm_up.epochs == 30
+    assert spec.levels["penalty"].every.epochs == 1
 
 
 def test_a_graph_needs_levels(refused):
