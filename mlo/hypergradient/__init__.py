@@ -6,6 +6,7 @@ from mlo.hypergradient._abstract import AbstractLinearisation as AbstractLineari
 from mlo.hypergradient._abstract import AbstractResponse as AbstractResponse
 from mlo.hypergradient._abstract import AbstractStep as AbstractStep
 from mlo.hypergradient._abstract import Cost as Cost
+from mlo.hypergradient._abstract import Nesting as Nesting
 from mlo.hypergradient._abstract import Tape as Tape
 from mlo.hypergradient._conjugate_gradient import ConjugateGradient as ConjugateGradient
 from mlo.hypergradient._cross import CentralDifference as CentralDifference
