@@ -101,7 +101,9 @@ class _Prediction:
     def pullback(self, name: str, live: set[str]) -> Passes:
         """One pullback of level `name` to the levels in `live`."""
         level = self.plan.levels[name]
-        cost = level.hypergradient.cost(level.steps, size(level.variables))
+        players = {name, *(live & set(level.against) if level.hypergradient.is_joint else ())}
+        numbers = sum(size(self.plan.levels[player].variables) for player in players)
+        cost = level.hypergradient.cost(level.steps, numbers)
         if name not in self.plan.nested:
             return cost
         compared = min(2, cost.gradients) if _nesting(level).compares else 0

@@ -189,9 +189,31 @@ def objections(levels: Mapping[str, Level]) -> list[Mistake]:
         optimizer = levels[name].optimizer
         reason = None if optimizer is None else levels[name].hypergradient.objection(optimizer)
         found += [] if reason is None else [Mistake(name, "hypergradient", reason)]
+    for level in levels.values():
+        found += _game_objections(level, levels)
     for name in sorted(_structure.nested(levels)):
         if levels[name].nested == "reduced":
             found += _nest_objections(name, levels)
+    return found
+
+
+def _game_objections(upper: Level, levels: Mapping[str, Level]) -> list[Mistake]:
+    """Players that are pulled back together, of which the upper level lists some, or which say different things."""
+    found: list[Mistake] = []
+    below = _structure.differentiated(upper, levels)
+    for name in below:
+        method = levels[name].hypergradient
+        if not method.is_joint:
+            continue
+        for opponent in levels[name].against:
+            if levels[opponent].frozen:
+                continue
+            if opponent not in below:
+                reason = f"'{name}' is differentiated with its opponents, and '{opponent}' is not listed"
+                found.append(Mistake(upper.name, "subject_to", reason))
+            elif levels[opponent].hypergradient != method:
+                reason = f"it is differentiated together with '{opponent}', which has another method"
+                found.append(Mistake(name, "hypergradient", reason))
     return found
 
 

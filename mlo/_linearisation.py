@@ -59,8 +59,17 @@ class Linearisation(AbstractLinearisation):
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""
         name = self._level.name
-        image = self._product(direction, (name,)).get(name)
-        if image is None:  # the objective is linear in the level's own variables
+        return self._decayed(self._product(direction, (name,)).get(name), direction)
+
+    def pulled(self, direction: Tree) -> Upstream:
+        """Hv under the name of the level itself, and `cross`, in one product."""
+        name = self._level.name
+        found = self._product(direction, (name, *self._around.live))
+        return {**found, name: self._decayed(found.get(name), direction)}
+
+    def _decayed(self, image: Tree | None, direction: Tree) -> Tree:
+        """With what the L2 decay of the optimizer adds to `image`, which is None where f is linear in the variables."""
+        if image is None:
             image = _tree.zeros(direction)
         decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
         if not any(decays):
@@ -109,11 +118,7 @@ class Linearisation(AbstractLinearisation):
 
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
-        vector = _flat(cotangent)
-        eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
-        columns = [_flat(self.hessian(_shaped(cotangent, row))) for row in eye]
-        solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
-        return _shaped(cotangent, solution.where(failed == 0, float("nan")))
+        return dense_solution(self.hessian, cotangent, damping=damping)
 
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
@@ -166,6 +171,15 @@ class _Inverse(torch.autograd.Function):
             for leaf in _tree.leaves(found.get(name, towards[name]))
         ]
         return None, None, None, None, *_tree.leaves(pulled), *rest
+
+
+def dense_solution(product: Callable[[Tree], Tree], cotangent: Tree, *, damping: float) -> Tree:
+    """(A + damping · I)⁻¹ λ for the matrix A that `product` applies; not a number where that is singular."""
+    vector = _flat(cotangent)
+    eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
+    columns = [_flat(product(_shaped(cotangent, row))) for row in eye]
+    solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
+    return _shaped(cotangent, solution.where(failed == 0, float("nan")))
 
 
 def _flat(tree: Tree) -> Tensor:

@@ -28,6 +28,7 @@ LAYERS = [
     {"mlo._step"},
     {"mlo._linearisation"},
     {"mlo._response"},
+    {"mlo._joint"},
     {"mlo._sweep"},
     {"mlo._nest"},
     {"mlo._engine"},

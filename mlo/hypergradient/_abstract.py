@@ -73,6 +73,11 @@ class AbstractHypergradient(ABC):
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """Why a response of `optimizer` cannot be pulled back like this, or None."""
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether levels that play against each other are pulled back together."""
+        return False
+
     def nesting(self, steps: int, size: int) -> Nesting:
         """What matters where this pullback, of `steps` steps of a level with `size` numbers, is part of a nest."""
         return Nesting()
