@@ -314,6 +314,8 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     """
     inside = Iteration.of(plan, state, batches)
     for name, response in inside.respond_below(upper, (upper, *plan.differentiated(upper))).items():
+        if not response.level.hypergradient.differentiates:
+            continue
         try:
             reached = response.linearise().cross(response.end.variables)
         except (RuntimeError, NotImplementedError):

@@ -39,6 +39,18 @@ class JointResponse(AbstractResponse):
         """Not of several levels."""
         raise TypeError("the steps of several players are not recorded together")
 
+    def contract(self, cotangent: Tree) -> Upstream:
+        """Not of several levels."""
+        raise TypeError("no tangents of several players are carried along")
+
+    def directions(self, count: int | None) -> Sequence[Upstream]:
+        """Not of several levels."""
+        raise TypeError("the steps of several players are not taken again together")
+
+    def retaken(self, direction: Upstream, *, scale: float) -> Tree:
+        """Not of several levels."""
+        raise TypeError("the steps of several players are not taken again together")
+
     def taken(self) -> Sequence[AbstractStep]:
         """None: the steps of several players are not steps of one."""
         return ()

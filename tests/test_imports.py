@@ -26,7 +26,7 @@ LAYERS = [
     {"mlo._level", "mlo._state"},
     {"mlo._objective"},
     {"mlo._step"},
-    {"mlo._linearisation"},
+    {"mlo._linearisation", "mlo._tangent"},
     {"mlo._response"},
     {"mlo._joint"},
     {"mlo._sweep"},
