@@ -16,7 +16,7 @@ from mlo._autodiff import inside_transform
 from mlo._errors import GraphError, Mistake, NumericalError
 from mlo._objective import Record, partials
 from mlo._response import Response, respond
-from mlo._state import Metrics, Norms, Parts, State, Tally, batch_of
+from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
 from mlo._structure import is_due
 from mlo.optimizer import OptimizerState, updated
@@ -64,7 +64,8 @@ class Iteration:
     @classmethod
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
         """An iteration that has not begun."""
-        return cls(plan, state, batches, {name: position(state, name) for name in plan.levels})
+        now = {name: position(state, name) for name in plan.levels}
+        return cls(plan, state, batches, now, Tally(recalled=state.memory))
 
     @property
     def number(self) -> int:
@@ -140,6 +141,7 @@ class Iteration:
         assert level.optimizer is not None
         losses, measured, norms = [], [], []
         kept = {lower: self.now[lower] for lower in responses}
+        before = self._last_hypergradient(name)
         moved = {upper: self.now[upper] for upper in self.norms}  # due at the same time: responses see where they stood
         for step in range(level.steps):
             if step:
@@ -152,7 +154,8 @@ class Iteration:
             self.now[name] = Position(variables, {**at.buffers, **aftermath.buffers}, optimizer)
             losses.append(loss)
             measured.append(aftermath.measured)
-            norms.append(Norms.of(parts))
+            norms.append(Norms.of(parts, before))
+            before = parts.total
             self.numbers += [
                 (name, step + 1, "the loss", loss),
                 (name, step + 1, "the direct part of the hypergradient", norms[-1].direct),
@@ -162,8 +165,16 @@ class Iteration:
                 ),
             ]
         self._look_at_value(name, level.steps)
+        if before is not None and not inside_transform():
+            self.tally.remembered[name, name] = {HYPERGRADIENT: _tree.detach(before)}
         self.now.update(kept)
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
+
+    def _last_hypergradient(self, upper: str) -> Tree | None:
+        """That of the last iteration in which `upper` was due, if it can be compared with those of this one."""
+        before = self.begin.memory.get((upper, upper), {}).get(HYPERGRADIENT)
+        fits = before is not None and not inside_transform() and _tree.alike(before, self.now[upper].variables)
+        return before if fits else None
 
     def retake(self, name: str, live: Iterable[str]) -> Response:
         """The response of level `name`, which now stands where it leads."""
@@ -196,6 +207,7 @@ class Iteration:
             optimizers={name: self.now[name].optimizer for name in moving},
             iteration=self.number,
             seed=self.begin.seed,
+            memory=self.tally.memory(),
         )
         metrics = Metrics(
             losses={name: losses[-1] for name, losses in self.losses.items() if losses},

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from mlo import _tree
+from mlo import _dense, _random, _tree
 from mlo._autodiff import inside_transform, linearise, recorded_gradient
 from mlo._objective import evaluate, partials
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected
-from mlo.hypergradient import AbstractLinearisation
+from mlo.hypergradient import AbstractLinearisation, AbstractStep
 from mlo.optimizer import l2_decays
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ LOOK_EVERY = 5
 class Linearisation(AbstractLinearisation):
     """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is."""
 
-    def __init__(self, level: Level, around: Surroundings, at: Position, record: Record) -> None:
-        self._level, self._around, self._at = level, around, at
+    def __init__(
+        self, level: Level, around: Surroundings, at: Position, record: Record, last: AbstractStep | None = None
+    ) -> None:
+        self._level, self._around, self._at, self._last = level, around, at, last
         assert level.optimizer is not None
         self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
         self._looks = 0
@@ -87,6 +89,41 @@ class Linearisation(AbstractLinearisation):
         solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
         return _shaped(cotangent, solution.where(failed == 0, float("nan")))
 
+    def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
+        """See `AbstractLinearisation`."""
+        vector = _flat(cotangent)
+        drawn = [_flat(self.normal(index)) for index in range(min(rank, len(vector)))]
+        basis = torch.linalg.qr(torch.stack(drawn, dim=1))[0]
+        images = [_flat(self.hessian(_shaped(cotangent, column))) for column in basis.unbind(1)]
+        solution, largest, negative = _dense.nystrom_solve(basis, torch.stack(images, dim=1), vector, damping)
+        self.report("lambda_max", largest)
+        self.report("negative_curvature", negative)
+        return _shaped(cotangent, solution)
+
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """See `AbstractLinearisation`."""
+        assert self._last is not None, "no step was taken"
+        return self._last.pull_update(cotangent)
+
+    def normal(self, index: int) -> Tree:
+        """See `AbstractLinearisation`."""
+        drawn = [
+            _random.normal(tensor, self._record.seed, "normal", index, name)
+            for name, tensor in _tree.named(self.variables).items()
+        ]
+        return _tree.rebuild(self.variables, drawn)
+
+    def recall(self, name: str) -> Tree | None:
+        """See `AbstractLinearisation`."""
+        tree = self._around.tally.recalled.get(self._pair, {}).get(name)
+        fits = tree is not None and not inside_transform() and _tree.alike(tree, self.variables)
+        return tree if fits else None
+
+    def remember(self, name: str, tree: Tree) -> None:
+        """See `AbstractLinearisation`."""
+        if not inside_transform():
+            self._around.tally.remembered.setdefault(self._pair, {})[name] = _tree.detach(tree)
+
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
         self._looks += 1
@@ -96,9 +133,13 @@ class Linearisation(AbstractLinearisation):
 
     def report(self, name: str, value: Tensor) -> None:
         """See `AbstractLinearisation`."""
-        tally = self._around.tally
-        upper = tally.pullbacks[-1][0] if tally.pullbacks else self._level.name
-        tally.reports.setdefault((upper, self._level.name), {})[name] = value.detach()
+        self._around.tally.reports.setdefault(self._pair, {})[name] = value.detach()
+
+    @property
+    def _pair(self) -> tuple[str, str]:
+        """The upper level it is pulled back for, and the level."""
+        pullbacks = self._around.tally.pullbacks
+        return pullbacks[-1][0] if pullbacks else self._level.name, self._level.name
 
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1

@@ -177,7 +177,7 @@ def change(path: Path, old: str, new: str) -> None:
         (lambda run: truncate(next((run / "checkpoint").glob("selected-*"))), "selected-.*damaged"),
         (lambda run: next((run / "checkpoint").glob("latest-*")).unlink(), "missing, though a checkpoint points to it"),
         (lambda run: truncate(run / "checkpoint" / "latest.json"), "latest.json: damaged"),
-        (lambda run: change(run / "checkpoint" / "latest.json", '"format": 2', '"format": 1'), "format 1, .* format 2"),
+        (lambda run: change(run / "checkpoint" / "latest.json", '"format": 3', '"format": 2'), "format 2, .* format 3"),
         (lambda run: change(run / "checkpoint" / "latest.json", '"iteration": 5', '"iteration": 6'), "changed since"),
         (lambda run: (run / "checkpoint" / "latest.json").write_text("[]"), "not the JSON of a checkpoint"),
         (lambda run: change(run / "spec.yaml", "learning_rate: 0.05", "learning_rate: 0.06"), "changed since the run"),
