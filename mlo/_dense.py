@@ -32,6 +32,6 @@ def nystrom_solve(basis: Tensor, images: Tensor, vector: Tensor, damping: float)
     spectrum, rotation = torch.linalg.eigh((small + small.mT) / 2)
     inside = q.mT @ vector
     solved = q @ (rotation @ ((rotation.mT @ inside) / (spectrum + damping)))
-    rest = (vector - q @ inside) / damping
-    negative = (eigenvalues < -least).any().to(vector.dtype)
-    return solved + rest, spectrum.amax(), negative
+    if len(basis) > basis.shape[1]:  # otherwise nothing but rounding is left
+        solved = solved + (vector - q @ inside) / damping
+    return solved, spectrum.amax(), (eigenvalues < -least).any().to(vector.dtype)

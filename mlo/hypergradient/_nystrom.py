@@ -31,7 +31,7 @@ class Nystrom(AbstractInverse):
     and reported as `negative_curvature` 1. Also reports `lambda_max`, the largest eigenvalue of H̃ (for H ⪰ 0 at most λ_max).
     Costs min(r, n) Hessian products for n variables, O(n r²) time and memory for 3r copies of them.
 
-    - `rank`: r.
+    - `rank`: r, how many random directions.
     - `damping`: δ > 0, in units of curvature.
     """
 

@@ -28,7 +28,7 @@ class Preconditioned(AbstractInverse):
     It needs a step: with `steps=0` it contributes nothing, as `Unroll` and `FiniteDifference` do, and a graph that is run
     must have some.
 
-    - `scale`: a factor.
+    - `scale`: a factor; 1 is one step of the optimizer.
     """
 
     needs_step: ClassVar[bool] = True
