@@ -92,10 +92,11 @@ class Linearisation(AbstractLinearisation):
     def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
         vector = _flat(cotangent)
-        drawn = [_flat(self.normal(index)) for index in range(min(rank, len(vector)))]
-        basis = torch.linalg.qr(torch.stack(drawn, dim=1))[0]
-        images = [_flat(self.hessian(_shaped(cotangent, column))) for column in basis.unbind(1)]
-        solution, largest, negative = _dense.nystrom_solve(basis, torch.stack(images, dim=1), vector, damping)
+        size = min(rank, len(vector))
+        basis = torch.linalg.qr(torch.stack([_flat(self.normal(index)) for index in range(size)], dim=1))[0]
+        columns = (_shaped(cotangent, column) for column in basis.unbind(1))
+        images = torch.stack([_flat(self.hessian(column)) for column in columns], dim=1)
+        solution, largest, negative = _dense.nystrom_solve(basis, images, vector, damping)
         self.report("lambda_max", largest)
         self.report("negative_curvature", negative)
         return _shaped(cotangent, solution)

@@ -29,7 +29,8 @@ class Nystrom(AbstractInverse):
     so that it equals `Exact(damping=δ)` where r reaches the rank of H, and is good where the eigenvalues that r directions
     leave out are below δ: what H̃ misses is divided by δ alone. An indefinite H is approximated as well, with no such bound,
     and reported as `negative_curvature` 1. Also reports `lambda_max`, the largest eigenvalue of H̃ (for H ⪰ 0 at most λ_max).
-    Costs min(r, n) Hessian products for n variables, O(n r²) time and memory for 3r copies of them.
+    Costs min(r, n) Hessian products for n variables, O(n r²) time, and memory for about 5.5 copies of them a
+    direction.
 
     - `rank`: r, how many random directions.
     - `damping`: δ > 0, in units of curvature.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
@@ -31,7 +31,7 @@ class Preconditioned(AbstractInverse):
     - `scale`: a factor; 1 is one step of the optimizer.
     """
 
-    needs_step: ClassVar[bool] = True
+    needs_step = True
 
     scale: float = 1.0
 
