@@ -95,7 +95,8 @@ class Neumann(AbstractInverse):
                 step = rate * going
             image = self._image(at, term)
             if index in (0, self.terms - 1):
-                looks.append(_Look.of(term, image))
+                known = index == 0 or self.tolerance is not None
+                looks.append(_Look.of(term, image, size if known else _tree.norm(term)))
             term = _tree.add(term, image, scale=-step)
             series = _tree.add(series, term, scale=going)
             used = used + going
@@ -121,7 +122,7 @@ class Neumann(AbstractInverse):
         look: _Look | None = None
         for _ in range(count):
             image = self._image(at, direction)
-            look = _Look.of(direction, image)
+            look = _Look.of(direction, image, _tree.norm(direction))
             size = _tree.norm(image)
             flat = (size == 0).to(size.dtype)  # no curvature: the direction is as good as any
             direction = _tree.add(_tree.scale(image, by=1 / (size + flat)), direction, scale=flat)
@@ -143,7 +144,7 @@ class _Look:
     quotient: Tensor
 
     @classmethod
-    def of(cls, direction: Tree, image: Tree) -> _Look:
-        length = _tree.norm(direction)
+    def of(cls, direction: Tree, image: Tree, length: Tensor) -> _Look:
+        """Of t = `direction` of that `length`, and Ht = `image`."""
         length = length + (length == 0)
         return cls(_tree.norm(image) / length, _tree.inner(direction, image) / length / length)
