@@ -105,7 +105,7 @@ class Response(AbstractResponse):
         """See `AbstractResponse`."""
         record, buffers = self.rest
         at = Position(self.end.variables, buffers, self.end.optimizer)
-        return Linearisation(self.level, self.around, at, record)
+        return Linearisation(self.level, self.around, at, record, self.kept[-1] if self.steps else None)
 
 
 def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record], *, steps: int) -> Response:

@@ -201,6 +201,39 @@ class AbstractLinearisation(ABC):
         """(∂²f/∂w² + damping · I)⁻¹ λ with the whole matrix; not a number where it is singular. n products."""
 
     @abstractmethod
+    def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
+        """(H̃ + damping · I)⁻¹ λ for the Nyström approximation H̃ of ∂²f/∂w² from `rank` random directions.
+
+        With Ω an orthonormal basis of the span of `normal(0)`, …, `normal(rank − 1)`: H̃ = HΩ (ΩᵀHΩ)⁺ ΩᵀH. Reports
+        `lambda_max`, the largest eigenvalue of H̃, and `negative_curvature`. min(rank, n) products.
+        """
+
+    @abstractmethod
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """(∂w'/∂g)ᵀ λ of the last step the optimizer took, moments and all. There must have been one."""
+
+    @abstractmethod
+    def normal(self, index: int) -> Tree:
+        """Standard normal numbers shaped like the level's variables: the same for the same iteration, seed and index.
+
+        No generator but their own is touched, and every tensor's numbers depend on its name and not on its place.
+        """
+
+    @abstractmethod
+    def recall(self, name: str) -> Tree | None:
+        """What the last iteration that pulled this level back for this upper level remembered as `name`.
+
+        None where there is nothing, where it is not shaped like the level's variables, and inside a transform.
+        """
+
+    @abstractmethod
+    def remember(self, name: str, tree: Tree) -> None:
+        """Keep `tree`, shaped like the level's variables, in `State.memory`; the last one of an iteration stays.
+
+        Nothing is kept by `Graph.hypergradient`, which has no state to give back, nor inside a transform.
+        """
+
+    @abstractmethod
     def is_false(self, flag: Tensor) -> bool:
         """Whether `flag` is known to be false. Looking costs a synchronisation, so it is not always looked at."""
 
