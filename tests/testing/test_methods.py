@@ -82,7 +82,7 @@ rows = pytest.mark.parametrize(
 
 @rows
 def test_a_shipped_method_has_the_properties_it_claims(method, answer, tolerance, without):
-    check_method(method, answer=answer, tolerance=tolerance, without=without, examples=8)
+    check_method(method, answer=answer, tolerance=tolerance, without=without, examples=25)
 
 
 def test_a_converged_neumann_series_is_an_exact_inverse():
