@@ -117,6 +117,7 @@ def test_conjugate_gradients_on_a_multiple_of_the_identity(curvature, tolerance)
     state = graph.init(values={"w": w})
     found = graph.hypergradient("u", state)
     assert relative_error(found, exact) <= 1e-14
+    assert graph.step(state)[1].reports["u", "w"]["negative_curvature"] == 0
     once = quadratic(hessian, hypergradient=ConjugateGradient(iterations=1))
     assert relative_error(found, once.hypergradient("u", state)) <= 1e-14
 
@@ -127,8 +128,11 @@ def test_conjugate_gradients_go_on_past_convergence_without_nan(tolerance):
         h = conditioned(condition)
         w, exact = solved(h)
         graph = quadratic(h, hypergradient=ConjugateGradient(iterations=300, tolerance=tolerance))
-        found = graph.hypergradient("u", graph.init(values={"w": w}))
-        assert relative_error(found, exact) <= 1e-14 * condition * 10
+        state = graph.init(values={"w": w})
+        assert relative_error(graph.hypergradient("u", state), exact) <= 1e-14 * condition * 10
+        report = graph.step(state)[1].reports["u", "w"]
+        assert report["negative_curvature"] == 0
+        assert report["residual"] <= 1e-12
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.0])
@@ -138,6 +142,8 @@ def test_conjugate_gradients_with_nothing_to_solve(tolerance):
     graph = quadratic(h, hypergradient=ConjugateGradient(iterations=20, tolerance=tolerance))
     state = graph.init(values={"w": T})
     assert same_bits(graph.hypergradient("u", state), torch.zeros(SIZE))
+    report = graph.step(state)[1].reports["u", "w"]
+    assert report["residual"] == report["negative_curvature"] == report["iterations"] == 0
 
 
 def test_central_differences_are_right_to_the_square_of_their_radius():
