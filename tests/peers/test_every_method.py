@@ -27,7 +27,7 @@ def holds(row: tuple[Any, ...], problem: ClosedForm, *properties: str) -> None:
     """Only these properties, those that the method claims, on `problem` alone; steps and optimizer are drawn."""
     method, answer, tolerance, without = row
     left_out = (PROPERTIES.keys() - set(properties)) | set(without)
-    check_method(method, answer=answer, tolerance=tolerance, problems=st.just(problem), without=left_out, examples=6)
+    check_method(method, answer=answer, tolerance=tolerance, problems=st.just(problem), without=left_out, examples=4)
 
 
 # Which levels, and how they keep their numbers.
@@ -59,7 +59,7 @@ def test_the_cost_of_a_ladder_is_linear_in_its_levels(method, answer, tolerance,
     holds((method, answer, tolerance, without), ladder(8), "closed form")
 
 
-@pytest.mark.parametrize("levels", [3, 4, 5])
+@pytest.mark.parametrize("levels", [3, 4])
 @every_row
 def test_a_graph_may_have_more_than_two_levels(method, answer, tolerance, without, levels):
     line = ("u", *"abcd"[: levels - 1])
@@ -69,7 +69,7 @@ def test_a_graph_may_have_more_than_two_levels(method, answer, tolerance, withou
     holds((method, answer, tolerance, without), chain, "closed form", "central differences")
 
 
-@pytest.mark.parametrize("family", ["quadratic", "ridge", "logistic"])
+@pytest.mark.parametrize("family", ["quadratic", "logistic"])
 @every_row
 def test_zero_dimensional_tensors_have_their_hypergradient(method, answer, tolerance, without, family):
     """Alone, and under `torch.func.vmap`."""
