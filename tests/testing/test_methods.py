@@ -19,7 +19,7 @@ from mlo.hypergradient import (
     Neumann,
     Unroll,
 )
-from mlo.testing import check_method, problems
+from mlo.testing import PROPERTIES, check_method, problems
 
 
 def krylov(size: int) -> Any:
@@ -88,6 +88,17 @@ def test_a_shipped_method_has_the_properties_it_claims(method, answer, tolerance
 def test_a_converged_neumann_series_is_an_exact_inverse():
     check_method(
         Neumann(terms=50, step_size=1.0), answer="exact", tolerance=1e-7, problems=problems(condition=3), examples=5
+    )
+
+
+@pytest.mark.parametrize("method", [row[0] for row in METHODS if row[1] == "exact"], ids=repr)
+def test_a_converged_method_is_right_to_four_digits_in_float32(method):
+    check_method(
+        method,
+        answer="exact",
+        float32_tolerance=1e-4,
+        problems=problems(dtypes=[torch.float32]),
+        without=PROPERTIES.keys() - {"closed form", "response", "float32"},
     )
 
 
