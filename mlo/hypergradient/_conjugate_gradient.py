@@ -35,7 +35,7 @@ class ConjugateGradient(AbstractInverse):
     and is not linear in λ; nor is that of a cold start, whose directions depend on λ.
 
     - `iterations`: at most so many.
-    - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32.
+    - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32. 0 goes on to 1e-30, or 1e-14.
     - `damping`: δ ≥ 0, in units of curvature.
     - `warm_start`: true or false.
     """
@@ -126,9 +126,10 @@ class ConjugateGradient(AbstractInverse):
         return _tree.add(at.hessian(direction), direction, scale=self.damping)
 
     def _tolerance(self, cotangent: Tree) -> float:
-        if self.tolerance is not None:
-            return self.tolerance
-        return 1e-12 if _tree.leaves(cotangent)[0].element_size() == 8 else 1e-6
+        wide = _tree.leaves(cotangent)[0].element_size() == 8
+        if self.tolerance is not None:  # squares far below would underflow, and look like a lack of curvature
+            return max(self.tolerance, 1e-30 if wide else 1e-14)
+        return 1e-12 if wide else 1e-6
 
 
 def _largest(one: Tensor, other: Tensor) -> Tensor:

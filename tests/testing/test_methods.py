@@ -21,7 +21,7 @@ from mlo.hypergradient import (
     Preconditioned,
     Unroll,
 )
-from mlo.testing import check_method, problems
+from mlo.testing import PROPERTIES, check_method, problems
 
 
 def krylov(size: int) -> Any:
@@ -94,7 +94,7 @@ rows = pytest.mark.parametrize(
 
 @rows
 def test_a_shipped_method_has_the_properties_it_claims(method, answer, tolerance, without):
-    check_method(method, answer=answer, tolerance=tolerance, without=without, examples=8)
+    check_method(method, answer=answer, tolerance=tolerance, without=without, examples=25)
 
 
 def test_a_converged_neumann_series_is_an_exact_inverse():
@@ -125,3 +125,16 @@ def test_every_shipped_method_is_in_the_table():
         and not found.__name__.startswith("Abstract")
     }
     assert {type(row[0]) for row in METHODS} == shipped
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if row[1] == "exact"], ids=lambda row: repr(row[0]))
+def test_a_converged_method_is_right_to_four_digits_in_float32(row):
+    method, answer, _, without = row
+    asked = {"closed form", "response", "float32"} - set(without)
+    check_method(
+        method,
+        answer=answer,
+        float32_tolerance=1e-4,
+        problems=problems(dtypes=[torch.float32]),
+        without=PROPERTIES.keys() - asked,
+    )
