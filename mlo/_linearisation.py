@@ -9,11 +9,12 @@ import torch
 
 from mlo import _tree
 from mlo._autodiff import inside_transform, linearise, recorded_gradient
-from mlo._objective import evaluate, partials
+from mlo._objective import evaluate, options_of, partials
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected
 from mlo.hypergradient import AbstractLinearisation
 from mlo.optimizer import l2_decays
+from mlo.optimizer._arithmetic import add, is_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,8 @@ class Linearisation(AbstractLinearisation):
     def __init__(self, level: Level, around: Surroundings, at: Position, record: Record) -> None:
         self._level, self._around, self._at = level, around, at
         assert level.optimizer is not None
-        self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
+        options = options_of(level, around.skeletons, around.values)
+        self._decays = l2_decays(level.optimizer, record.iteration, at.variables, options)
         self._looks = 0
         buffers = {**around.buffers, level.name: at.buffers}
         around.tally.gradients += 1
@@ -61,11 +63,12 @@ class Linearisation(AbstractLinearisation):
         image = self._product(direction, (name,)).get(name)
         if image is None:  # the objective is linear in the level's own variables
             image = _tree.zeros(direction)
-        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
-        if not any(decays):
+        found = [self._decays[key] for key in (direction if isinstance(direction, Mapping) else ("",))]
+        decays = [0.0 if decay is None else decay for decay in found]
+        if all(is_zero(decay) for decay in decays):
             return image
         pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
-        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
+        return _tree.rebuild(direction, [add(one, two, scale=decay) for one, two, decay in pairs])
 
     def cross(self, direction: Tree) -> Upstream:
         """See `AbstractLinearisation`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from mlo import _tree
 from mlo._autodiff import linearise, recorded_gradient
 from mlo._linearisation import Linearisation
-from mlo._objective import Aftermath, Record, evaluate
+from mlo._objective import Aftermath, Record, evaluate, options_of
 from mlo._reduction import refuse_recording
 from mlo._step import Position, Step, Surroundings, connected, take
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
@@ -115,6 +115,7 @@ def _record(
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
         at, losses, measured, last = start, [], [], ()
         values = {**around.values, **live}
+        options = options_of(level, around.skeletons, values)
         for record in records:
 
             def objective(own: Tree, at: Position = at, record: Record = record) -> tuple[Tensor, Aftermath]:
@@ -124,7 +125,7 @@ def _record(
             found, loss, aftermath = recorded_gradient(objective, at.variables)
             gradient = connected(level, found)
             last = (*_numbers(at), _tree.detach(gradient), aftermath.choices)
-            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
+            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             measured.append(aftermath.measured)

@@ -23,7 +23,7 @@ LAYERS = [
     {"mlo._patterns", "mlo._random", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._constraint", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
-    {"mlo._level", "mlo._state"},
+    {"mlo._level", "mlo._reading", "mlo._state"},
     {"mlo._objective"},
     {"mlo._step"},
     {"mlo._linearisation"},

@@ -49,6 +49,15 @@ class AbstractHypergradient(ABC):
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """Why a response of `optimizer` cannot be pulled back like this, or None."""
 
+    @property
+    def follows_optimizer(self) -> bool:
+        """Whether it differentiates the steps themselves, and so the options of the optimizer that are read from a level.
+
+        False unless a method says otherwise: it is then refused where such an option would have to be differentiated.
+        True is right for what is made of `pull_recorded` or `replay` alone.
+        """
+        return False
+
     @abstractmethod
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """From the cotangent λ on w* to (∂w*/∂u)ᵀ λ for every level u that is asked for and that w* depends on."""
