@@ -62,10 +62,9 @@ def _as_table(node: Node) -> Node:
 
 def _merged_choice(base: Node, over: Node, path: KeyPath, *, keep_nulls: bool) -> Node:
     if path[2] == "optimizer" and is_option(path) and (_is_read(base) or _is_read(over)):
-        parts = (
-            isinstance(base, Table) and isinstance(over, Table) and {*base.entries, *over.entries} <= {"level", "name"}
-        )
-        return merged(base, over, path=path, keep_nulls=keep_nulls) if parts else over
+        if isinstance(base, Table) and isinstance(over, Table) and {*base.entries, *over.entries} <= {"level", "name"}:
+            return merged(base, over, path=path, keep_nulls=keep_nulls)
+        return over
     before, after = _name_and_options(base), _name_and_options(over)
     if before is None or after is None:
         several = is_option(path) and not (single(base) and single(over))
