@@ -16,7 +16,8 @@ from mlo import _random, _tree
 from mlo._autodiff import inside_transform
 from mlo._errors import GraphError, Mistake, NumericalError
 from mlo._nest import Below, Nest
-from mlo._objective import Record, partials
+from mlo._objective import Record, options_of, partials
+from mlo._reading import reads_live
 from mlo._response import Response, respond
 from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
@@ -181,7 +182,10 @@ class Iteration:
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
-            variables, optimizer = updated(level.optimizer, self.number, parts.total, at.optimizer, at.variables)
+            options = options_of(level, self.plan.skeletons, self._seen_by(level)[0])
+            variables, optimizer = updated(
+                level.optimizer, self.number, parts.total, at.optimizer, at.variables, options
+            )
             self.now[name] = Position(variables, {**at.buffers, **aftermath.buffers}, optimizer)
             losses.append(loss)
             measured.append(aftermath.measured)
@@ -327,11 +331,13 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     """Raise `GraphError` if the gradient of a level below `upper` does not depend on anything that leads back to it.
 
     f = a(w) + b(u) has a gradient in u and no cross derivative: methods without a second derivative of their own would
-    find zero there and no error. Where an operator has none at all, nothing can be said.
+    find zero there and no error. Where an operator has none at all, nothing can be said. A level whose optimizer reads one
+    that leads back is differentiated through its steps, where a part that is missing is an error anyway.
     """
     inside = Iteration.of(plan, state, batches)
-    for name, response in inside.respond_below(upper, (upper, *plan.differentiated(upper))).items():
-        if not response.level.hypergradient.differentiates:
+    live = (upper, *plan.differentiated(upper))
+    for name, response in inside.respond_below(upper, live).items():
+        if not response.level.hypergradient.differentiates or reads_live(plan.levels[name].optimizer, live):
             continue
         try:
             reached = response.linearise().cross(response.end.variables)

@@ -10,10 +10,12 @@ import torch
 
 from mlo import _dense, _random, _tree
 from mlo._autodiff import inside_transform, is_recorded, linearise
+from mlo._objective import options_of
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
 from mlo.hypergradient import AbstractLinearisation, AbstractStep
 from mlo.optimizer import l2_decays
+from mlo.optimizer._arithmetic import add, is_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +40,8 @@ class Linearisation(AbstractLinearisation):
     ) -> None:
         self._level, self._around, self._at, self._last = level, around, at, last
         assert level.optimizer is not None
-        self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
+        options = options_of(level, around.skeletons, around.values)
+        self._decays = l2_decays(level.optimizer, record.iteration, at.variables, options)
         self._looks = 0
         self._recorded = is_recorded((at.variables, *around.values.values()))
         buffers = {**around.buffers, level.name: at.buffers}
@@ -73,11 +76,12 @@ class Linearisation(AbstractLinearisation):
         """With what the L2 decay of the optimizer adds to `image`, which is None where f is linear in the variables."""
         if image is None:
             image = _tree.zeros(direction)
-        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
-        if not any(decays):
+        found = [self._decays[key] for key in (direction if isinstance(direction, Mapping) else ("",))]
+        decays = [0.0 if decay is None else decay for decay in found]
+        if all(is_zero(decay) for decay in decays):
             return image
         pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
-        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
+        return _tree.rebuild(direction, [add(one, two, scale=decay) for one, two, decay in pairs])
 
     def cross(self, direction: Tree) -> Upstream:
         """See `AbstractLinearisation`."""

@@ -13,7 +13,7 @@ import torch
 from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
-from mlo._objective import Aftermath, Record
+from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import refuse_recording
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
@@ -162,12 +162,13 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
         at, losses, left, last = start, list["Tensor"](), list[Any](), ()
         values = {**around.values, **live}
+        options = options_of(level, around.skeletons, values)
         for record in records:
             buffers = {**around.buffers, level.name: at.buffers}
             found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
             gradient = connected(level, found)
             last = (*_numbers(at), _tree.detach(gradient))
-            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
+            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             left.append((aftermath.measured, aftermath.buffers, aftermath.choices))

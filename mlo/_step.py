@@ -12,7 +12,7 @@ import torch
 from mlo import _tree
 from mlo._autodiff import is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
-from mlo._objective import Aftermath, Record, evaluate, partials
+from mlo._objective import Aftermath, Record, evaluate, options_of, partials
 from mlo._reduction import refuse_recording
 from mlo.hypergradient import AbstractStep
 from mlo.optimizer import OptimizerState, updated
@@ -105,8 +105,11 @@ class Step(AbstractStep):
             found, _, _ = followed(self.level, self.around, self.around.values, self.start, buffers, self.record)
             gradient = connected(self.level, found)
 
+        options = options_of(self.level, self.around.skeletons, self.around.values)
+
         def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
-            return updated(optimizer, self.record.iteration, moving[""], self.at.optimizer, self.at.variables)[0], ()
+            at = self.at
+            return updated(optimizer, self.record.iteration, moving[""], at.optimizer, at.variables, options)[0], ()
 
         _, _, pull = linearise(update, {"": gradient})
         return pull(cotangent, ("",))[""]
@@ -130,7 +133,8 @@ class Step(AbstractStep):
             values = {**around.values, **{name: moving[name] for name in around.live}}
             found, _, _ = followed(level, around, values, own, buffers, self.record)
             state = OptimizerState(self.at.optimizer.count, {key: moving[_MOMENT + key] for key in before})
-            after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own)
+            options = options_of(level, around.skeletons, values)
+            after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own, options)
             return joined({"": after, **remembered.moments}), ()
 
         live = {name: around.values[name] for name in around.live}
@@ -176,7 +180,8 @@ def take(level: Level, at: Position, around: Surroundings, record: Record) -> tu
     found, loss, aftermath = gradients(level, around, values, buffers, record, (level.name,))
     gradient = connected(level, found.get(level.name))
     assert level.optimizer is not None
-    variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables)
+    options = options_of(level, around.skeletons, values)
+    variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
     step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
     return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath
 

@@ -10,7 +10,8 @@ import torch
 
 from mlo import _tree
 from mlo._autodiff import linearise, pushforward
-from mlo._objective import evaluate
+from mlo._objective import evaluate, options_of
+from mlo._reading import reads_live
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Step, Surroundings, joined, regrouped
 from mlo.optimizer import OptimizerState, updated
@@ -59,14 +60,17 @@ def advanced(step: Step, tangents: list[Tangent]) -> list[Tangent]:
 
     _, _, pull = linearise(both, {level.name: step.start})
     before = step.at.optimizer
+    read = {name: live[name] for name in {option.level for _, option in reads_live(optimizer, live)}}
 
     def update(moving: Mapping[str, Tree]) -> Tree:
         state = OptimizerState(before.count, {key: moving[_MOMENT + key] for key in before.moments})
-        after, remembered = updated(optimizer, step.record.iteration, moving[_GRADIENT], state, moving[_VARIABLES])
+        options = options_of(level, around.skeletons, {**around.values, **{name: moving[name] for name in read}})
+        own = moving[_VARIABLES]
+        after, remembered = updated(optimizer, step.record.iteration, moving[_GRADIENT], state, own, options)
         return joined({_VARIABLES: after, **{_MOMENT + key: moment for key, moment in remembered.moments.items()}})
 
     stood = {_MOMENT + key: moment for key, moment in before.moments.items()}
-    push = pushforward(update, {_GRADIENT: step.gradient, _VARIABLES: step.start, **stood})
+    push = pushforward(update, {_GRADIENT: step.gradient, _VARIABLES: step.start, **stood, **read})
     shapes: dict[str, Tree] = {_VARIABLES: step.start, **stood}
     found: list[Tangent] = []
     for tangent in tangents:
@@ -75,7 +79,8 @@ def advanced(step: Step, tangents: list[Tangent]) -> list[Tangent]:
         turn = reduced_trees(pull(weights, (level.name,), retain=True)).get(level.name)
         gradient = _tree.zeros(step.start) if turn is None else turn
         moments = {_MOMENT + key: moment for key, moment in tangent.moments.items()}
-        pushed = push({_GRADIENT: gradient, _VARIABLES: tangent.variables, **moments})
+        turns = {name: tangent.direction[name] for name in read}
+        pushed = push({_GRADIENT: gradient, _VARIABLES: tangent.variables, **moments, **turns})
         trees = regrouped(shapes, _tree.leaves(pushed))
         found.append(
             Tangent(tangent.direction, trees[_VARIABLES], {key: trees[_MOMENT + key] for key in before.moments})
@@ -83,7 +88,8 @@ def advanced(step: Step, tangents: list[Tangent]) -> list[Tangent]:
     return found
 
 
-_GRADIENT, _VARIABLES, _MOMENT = "gradient", "variables", ":"
+_GRADIENT, _VARIABLES, _MOMENT = "::gradient", "::variables", ":"
+"""Level names are identifiers."""
 
 
 def contracted(tangents: list[Tangent], cotangent: Tree) -> Upstream:

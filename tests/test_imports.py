@@ -20,10 +20,10 @@ ROOT = Path(mlo.__file__).parents[1]
 # From the ground up: a module imports from the layers below its own, and a package from itself.
 LAYERS = [
     {"mlo._errors", "mlo._types"},
-    {"mlo._patterns", "mlo._random", "mlo._structure", "mlo._tree", "mlo.schedule"},
+    {"mlo._patterns", "mlo._random", "mlo._score_function", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
-    {"mlo._level", "mlo._state"},
+    {"mlo._level", "mlo._reading", "mlo._state"},
     {"mlo._objective"},
     {"mlo._step"},
     {"mlo._linearisation", "mlo._tangent"},

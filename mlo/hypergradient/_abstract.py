@@ -82,6 +82,15 @@ class AbstractHypergradient(ABC):
         """Why a response of `optimizer` cannot be pulled back like this, or None."""
 
     @property
+    def follows_optimizer(self) -> bool:
+        """Whether it differentiates the steps themselves, and so the options of the optimizer that are read from a level.
+
+        False unless a method says otherwise: it is then refused where such an option would have to be differentiated.
+        True is right for what is made of `pull_recorded` or `replay` alone.
+        """
+        return False
+
+    @property
     def differentiates(self) -> bool:
         """Whether it asks for derivatives of the level's objective in what it reads."""
         return True

@@ -29,6 +29,11 @@ class Forward(AbstractHypergradient):
     while the steps are taken; the pullback itself costs nothing.
     """
 
+    @property
+    def follows_optimizer(self) -> bool:
+        """Yes."""
+        return True
+
     def tape(self, steps: int, size: int) -> Tape:
         """The tangents."""
         return Tape(recorded=0, kept=1, forward=True)

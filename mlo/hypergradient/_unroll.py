@@ -61,6 +61,11 @@ class Unroll(AbstractHypergradient):
         """None: every optimizer is differentiable."""
         return None
 
+    @property
+    def follows_optimizer(self) -> bool:
+        """Yes: its steps are what is differentiated."""
+        return True
+
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class. With no steps the response depends on nothing."""
         if not response.steps:

@@ -49,6 +49,11 @@ class ZerothOrder(AbstractHypergradient):
         """No."""
         return False
 
+    @property
+    def follows_optimizer(self) -> bool:
+        """Yes."""
+        return True
+
     def tape(self, steps: int, size: int) -> Tape:
         """Nothing."""
         return Tape(recorded=0, kept=1)
