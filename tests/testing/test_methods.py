@@ -10,16 +10,20 @@ from torch import Tensor
 
 import mlo
 from mlo.hypergradient import (
+    GMRES,
     CentralDifference,
     ConjugateGradient,
+    Equilibrium,
     Exact,
     FiniteDifference,
     FirstOrder,
+    Forward,
     Implicit,
     Neumann,
     Nystrom,
     Preconditioned,
     Unroll,
+    ZerothOrder,
 )
 from mlo.testing import PROPERTIES, check_method, problems
 
@@ -41,6 +45,19 @@ def krylov(size: int) -> Any:
             return torch.zeros_like(cotangent)
         q = torch.stack(basis, dim=1)
         return q @ torch.linalg.solve(q.T @ h @ q, q.T @ cotangent)
+
+    return answer
+
+
+def minimal_residual(size: int) -> Any:
+    """q that minimises ‖λ − Hq‖ over span(λ, Hλ, …, H^{size−1}λ): what GMRES promises."""
+
+    def answer(h: Tensor, cotangent: Tensor) -> Tensor:
+        vectors = [cotangent]
+        for _ in range(min(size, len(cotangent)) - 1):
+            vectors.append(h @ vectors[-1] / (h @ vectors[-1]).norm().clamp(min=1e-300))
+        basis = torch.stack(vectors, dim=1)
+        return basis @ (torch.linalg.pinv(h @ basis) @ cotangent)
 
     return answer
 
@@ -81,6 +98,12 @@ METHODS = [  # method, the answer its theory promises, relative tolerance, what 
     (ConjugateGradient(iterations=12, warm_start=True), "exact", 1e-8, CG),
     (Nystrom(rank=6, damping=0.3), damped(0.3), 1e-9, ()),  # no level has more numbers, but for those that are not read
     (Nystrom(rank=6, damping=1e-3), damped(1e-3), 1e-8, ()),
+    (Forward(), "unrolled", 1e-10, ()),
+    (ZerothOrder(radius=1e-2), "unrolled", 1e-3, ()),
+    (GMRES(iterations=12), "exact", 1e-8, CG),
+    (GMRES(iterations=12, damping=0.3), damped(0.3), 1e-8, CG),
+    (GMRES(iterations=2, tolerance=0.0), minimal_residual(2), 1e-6, {*CG, "linearity"}),
+    (Equilibrium(), "exact", 1e-8, CG),  # of a player by itself
     (FirstOrder(), "first_order", 1e-10, ()),
     (FirstOrder(scale=0.3), lambda h, cotangent: 0.3 * cotangent, 1e-10, ()),
     (Preconditioned(scale=3.0), lambda h, cotangent: 3.0 * RATE * cotangent, 1e-10, {"closed form"}),  # it needs a step
