@@ -11,11 +11,11 @@ hypergradient cannot reach are therefore found outside transforms only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo import _tree
 
@@ -71,7 +71,7 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
     point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else _leaf(tensor), at)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _plain_attention():
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
@@ -92,8 +92,27 @@ def _linearise_by_transform(
 
 
 def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]], After]:
-    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
+    with _plain_attention():  # the other kernels have no batching rule
         return cast("Any", torch.func.vjp(function, at, has_aux=True))
+
+
+@contextmanager
+def _plain_attention() -> Generator[None]:
+    """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes four times as long."""
+    kernels = torch.backends.cuda
+    before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
+    formula = kernels.math_sdp_enabled()
+    try:
+        kernels.enable_flash_sdp(False)
+        kernels.enable_mem_efficient_sdp(False)
+        kernels.enable_cudnn_sdp(False)
+        kernels.enable_math_sdp(True)
+        yield
+    finally:
+        kernels.enable_flash_sdp(before[0])
+        kernels.enable_mem_efficient_sdp(before[1])
+        kernels.enable_cudnn_sdp(before[2])
+        kernels.enable_math_sdp(formula)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

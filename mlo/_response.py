@@ -113,7 +113,8 @@ def _record(
     assert optimizer is not None
 
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        at, losses, measured, last = start, [], [], ()
+        at, losses, measured = start, [], []
+        before, gradient, choices = start, start.variables, {}
         values = {**around.values, **live}
         for record in records:
 
@@ -122,13 +123,12 @@ def _record(
                 return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record)
 
             found, loss, aftermath = recorded_gradient(objective, at.variables)
-            gradient = connected(level, found)
-            last = (*_numbers(at), _tree.detach(gradient), aftermath.choices)
+            before, gradient, choices = at, connected(level, found), aftermath.choices
             variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             measured.append(aftermath.measured)
-        return at.variables, (_numbers(at), losses, measured, last)
+        return at.variables, (_numbers(at), losses, measured, (*_numbers(before), _tree.detach(gradient), choices))
 
     live = {name: around.values[name] for name in around.live}
     variables, (end, losses, measured, (*before, gradient, choices)), pull = linearise(steps, live)

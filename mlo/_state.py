@@ -68,10 +68,12 @@ class Parts:
     - `direct`: the partial gradient of the objective in the upper level's own variables.
     - `through`: what arrives over the response of each level as the last arrow, (∂w*/∂u)ᵀ λ with the whole cotangent λ on
       that response.
+    - `has_direct`: false where the objective does not read the upper level's own variables, and `direct` is zero.
     """
 
     direct: Tree
     through: Mapping[str, Tree]
+    has_direct: bool = True
 
     @cached_property
     def indirect(self) -> Tree:
@@ -81,7 +83,7 @@ class Parts:
     @cached_property
     def total(self) -> Tree:
         """The hypergradient."""
-        return _tree.total([self.direct, *self.through.values()])
+        return _tree.total([self.direct, *self.through.values()]) if self.has_direct else self.indirect
 
 
 @final
@@ -98,12 +100,10 @@ class Norms:
     def of(cls, parts: Parts) -> Norms:
         """The norms of `parts`."""
         through = {name: _tree.norm(part) for name, part in parts.through.items()}
-        return cls(
-            total=_tree.norm(parts.total),
-            direct=_tree.norm(parts.direct),
-            indirect=next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect),
-            through=through,
-        )
+        indirect = next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect)
+        if not parts.has_direct:
+            return cls(total=indirect, direct=indirect.new_zeros(()), indirect=indirect, through=through)
+        return cls(total=_tree.norm(parts.total), direct=_tree.norm(parts.direct), indirect=indirect, through=through)
 
 
 @final

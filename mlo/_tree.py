@@ -100,11 +100,6 @@ def norm(tree: Tree) -> Tensor:
     return _sum([tensor.square().sum() for tensor in leaves(tree)]).sqrt()
 
 
-def sum_of(tree: Tree) -> Tensor:
-    """The sum of all entries, a zero-dimensional tensor: finite if they are, short of overflow."""
-    return _sum([tensor.sum() for tensor in leaves(tree)])
-
-
 def size(tree: Tree) -> int:
     """How many numbers `tree` holds."""
     return sum(tensor.numel() for tensor in leaves(tree))

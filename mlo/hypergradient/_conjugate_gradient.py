@@ -56,7 +56,9 @@ class ConjugateGradient(AbstractInverse):
         for _ in range(self.iterations):
             if at.is_false(going):
                 break
-            image = _tree.add(at.hessian(direction), direction, scale=self.damping)
+            image = at.hessian(direction)
+            if self.damping:
+                image = _tree.add(image, direction, scale=self.damping)
             curvature = _tree.inner(direction, image)
             flat = flat | (going & (curvature <= 0))
             broken = broken | (going & ~curvature.isfinite())

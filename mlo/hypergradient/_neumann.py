@@ -51,7 +51,9 @@ class Neumann(AbstractInverse):
         """See the class."""
         term = series = cotangent
         for _ in range(self.terms):
-            image = _tree.add(at.hessian(term), term, scale=self.damping)
+            image = at.hessian(term)
+            if self.damping:
+                image = _tree.add(image, term, scale=self.damping)
             term = _tree.add(term, image, scale=-self.step_size)
             series = _tree.add(series, term)
         length = _tree.norm(cotangent)
