@@ -12,7 +12,7 @@ from mlo._errors import GraphError, Mistake
 from mlo._objective import Aftermath, Record, evaluate, partials
 from mlo._reduction import refuse_recording
 from mlo.hypergradient import AbstractStep
-from mlo.optimizer import OptimizerState, updated
+from mlo.optimizer import OptimizerState, pulled_back, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,9 +87,8 @@ class Step(AbstractStep):
         around.tally.gradients += 1
         around.tally.products += 1
         buffers = {**around.buffers, level.name: self.at.buffers}
-        before = self.at.optimizer.moments
 
-        def step(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             own = moving[level.name]
             values = {**around.values, **{name: moving[name] for name in around.live}}
 
@@ -97,24 +96,38 @@ class Step(AbstractStep):
                 return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, self.record)
 
             found, _, _ = recorded_gradient(objective, own)
-            state = OptimizerState(self.at.optimizer.count, {key: moving[_MOMENT + key] for key in before})
-            after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own)
-            return _joined({"": after, **remembered.moments}), ()
+            return _joined({_GRADIENT: connected(level, found), _START: own}), ()
 
         live = {name: around.values[name] for name in around.live}
-        stood = {_MOMENT + key: moment for key, moment in before.items()}
-        result, _, pull = linearise(step, {level.name: self.start, **stood, **live})
+        result, _, pull = linearise(gradient, {level.name: self.start, **live})
+        known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
+        if known is None:
+            known = self._pull_whole_update(_part(result, _GRADIENT, self.start), cotangent, moments)
+        towards_gradient, before, own = known
+        found = pull(_joined({_GRADIENT: towards_gradient, _START: own}), (level.name, *live))
+        return found[level.name], before, {name: found[name] for name in live if name in found}
+
+    def _pull_whole_update(self, gradient: Tree, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Tree]:
+        """`pulled_back`, by automatic differentiation of the update at `gradient`."""
+        optimizer, before = self.level.optimizer, self.at.optimizer
+        assert optimizer is not None
+
+        def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            state = OptimizerState(before.count, {key: moving[_MOMENT + key] for key in before.moments})
+            iteration = self.record.iteration
+            after, remembered = updated(optimizer, iteration, moving[_GRADIENT], state, moving[_START])
+            return _joined({"": after, **remembered.moments}), ()
+
+        stood = {_MOMENT + key: moment for key, moment in before.moments.items()}
+        result, _, pull = linearise(update, {_GRADIENT: gradient, _START: self.start, **stood})
         given = _joined({"": cotangent, **moments})
         weights = {key: given.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
-        found = pull(weights, (level.name, *stood, *live))
-        own = found.get(level.name)
-        return (
-            _tree.zeros(self.start) if own is None else own,
-            {key: found[_MOMENT + key] for key in before if _MOMENT + key in found},
-            {name: found[name] for name in live if name in found},
-        )
+        found = pull(weights, (_GRADIENT, _START, *stood))
+        own, towards_gradient = (found.get(name, _tree.zeros(self.start)) for name in (_START, _GRADIENT))
+        return towards_gradient, {key: found[_MOMENT + key] for key in before.moments if _MOMENT + key in found}, own
 
 
+_GRADIENT, _START = ":gradient", ":start"
 _MOMENT = ":"
 """Before the name of a moment: level names are identifiers."""
 
@@ -122,6 +135,12 @@ _MOMENT = ":"
 def _joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
     """Several trees as one, by the name of the tree and of the tensor."""
     return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in _tree.named(tree).items()}
+
+
+def _part(joined: Tree, key: str, like: Tree) -> Tree:
+    """The tree that was joined under `key`."""
+    table = _tree.named(joined)
+    return _tree.rebuild(like, [table[f"{key}/{name}"] for name in _tree.named(like)])
 
 
 def take(
