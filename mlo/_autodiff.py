@@ -61,6 +61,27 @@ def linearise(
     return _tree.detach(result), after, pull
 
 
+def gradients(
+    function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree]
+) -> tuple[Upstream, Tensor, After]:
+    """∂function/∂at[name] for every name that the number `function(at)` depends on, that number, and what else it returned.
+
+    `linearise` and its pullback of 1 in one, without what several pullbacks would need. One reverse pass.
+    """
+    if inside_transform():
+        value, after, pull = _linearise_by_transform(function, at)
+        assert isinstance(value, torch.Tensor)
+        return pull(torch.ones_like(value), at), value, after
+    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    with torch.enable_grad():
+        value, after = function(leaves)
+    inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
+    if not value.requires_grad or not inputs:
+        return {}, value.detach(), after
+    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    return _grouped(leaves, found), value.detach(), after
+
+
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
     """∇function at `at`, as a differentiable function of all that `function` reads; None if it does not depend on `at`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from mlo import _tree
@@ -80,6 +80,8 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     kept: deque[Step] = deque(maxlen=max(1, tape.kept))
     rest = (records[-1], start.buffers)
     for record in records[: steps - recorded]:
+        if kept:
+            kept[-1] = replace(kept[-1], gradient=None)
         position, last, loss, seen = take(level, position, around, record)
         rest = (last.record, last.at.buffers)
         kept.append(last)

@@ -48,13 +48,13 @@ class Surroundings:
 @final
 @dataclass(frozen=True, eq=False)
 class Step(AbstractStep):
-    """One optimizer step that was taken."""
+    """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for."""
 
     level: Level
     around: Surroundings
     at: Position
     record: Record
-    gradient: Tree
+    gradient: Tree | None
 
     @property
     def start(self) -> Tree:
@@ -63,13 +63,17 @@ class Step(AbstractStep):
 
     def pull_update(self, cotangent: Tree) -> Tree:
         """See `AbstractStep`."""
-        optimizer = self.level.optimizer
+        level, optimizer = self.level, self.level.optimizer
         assert optimizer is not None
+        gradient = self.gradient
+        if gradient is None:
+            gradient = take(level, self.at, self.around, self.record)[1].gradient
+            assert gradient is not None
 
         def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             return updated(optimizer, self.record.iteration, moving[""], self.at.optimizer, self.at.variables)[0], ()
 
-        _, _, pull = linearise(update, {"": self.gradient})
+        _, _, pull = linearise(update, {"": gradient})
         return pull(cotangent, ("",))[""]
 
     def gradient_of_reads(self, variables: Tree) -> Upstream:
