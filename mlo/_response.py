@@ -12,6 +12,7 @@ from mlo._autodiff import linearise, recorded_gradient
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, evaluate
 from mlo._reduction import refuse_recording
+from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, take
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.optimizer import OptimizerState, updated
@@ -36,7 +37,7 @@ class Response(AbstractResponse):
     losses: tuple[Tensor, ...]
     measured: tuple[Mapping[str, Tensor], ...]
     around: Surroundings
-    kept: tuple[Step, ...]
+    kept: Sequence[Step]
     rest: tuple[Record, Mapping[str, Tensor]]
     recorded: int = 0
     pull: Callable[..., Upstream] | None = None
@@ -76,19 +77,26 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     """
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if around.live else Tape(0, 0)
     recorded = min(steps, tape.recorded)
+    first = steps - tape.kept  # that may be asked for again
     position, losses, measured = start, list["Tensor"](), list[Mapping[str, "Tensor"]]()
-    kept: deque[Step] = deque(maxlen=max(1, tape.kept))
+    starts, again = list[Position](), list[Record]()
+    kept: deque[Step] = deque(maxlen=max(1, tape.kept) if tape.every == 1 else 1)
     rest = (records[-1], start.buffers)
-    for record in records[: steps - recorded]:
+    for number, record in enumerate(records[: steps - recorded]):
         if kept:
             kept[-1] = replace(kept[-1], gradient=None)
         position, last, loss, seen = take(level, position, around, record)
         rest = (last.record, last.at.buffers)
         kept.append(last)
+        if tape.every > 1 and number >= first:
+            again.append(last.record)
+            if (number - first) % tape.every == 0:
+                starts.append(last.at)
         losses.append(loss)
         measured.append(seen)
     if not recorded:
-        return Response(level, position, tuple(losses), tuple(measured), around, tuple(kept), rest)
+        taken = Retaken(level, around, starts, again, tape.every) if again else tuple(kept)
+        return Response(level, position, tuple(losses), tuple(measured), around, taken, rest)
     refuse_recording(level.name)
     position, late_losses, late_measured, last, pull = _record(
         level, position, around, records[steps - recorded : steps]

@@ -26,7 +26,7 @@ LAYERS = [
     {"mlo._level", "mlo._state"},
     {"mlo._objective"},
     {"mlo._step"},
-    {"mlo._linearisation"},
+    {"mlo._linearisation", "mlo._retaken"},
     {"mlo._response"},
     {"mlo._engine"},
     {"mlo._graph", "mlo._problem"},

@@ -210,8 +210,9 @@ def test_the_last_k_steps_are_swept_over_and_the_others_held_fixed(last, by_hand
 def test_steps_are_replayed_by_size_and_by_hand():
     assert Unroll().tape(100, 1000).recorded == 100
     assert Unroll().tape(100, 1_000_000).kept == 100
-    assert Unroll(last=3).tape(100, 1_000_000) == (3, 0)
-    assert Unroll(replay=True).tape(2, 1) == (0, 2)
+    assert Unroll(last=3).tape(100, 1_000_000) == (3, 0, 1)
+    assert Unroll(replay=True).tape(2, 1) == (0, 2, 1)
+    assert Unroll(checkpoint="sqrt").tape(101, 1) == (0, 101, 11)
     with pytest.raises(ValueError, match="last must be at least 1"):
         Unroll(last=0)
 
