@@ -58,7 +58,7 @@ class Skeleton:
             for name, table, key in stood:
                 table[key] = everything[name]
             output = self._modes[training](*args, **kwargs)
-            after = {name: found for name, table, key in stood if (found := table.get(key)) is not None}
+            after = {name: table[key] for name, table, key in stood if table.get(key) is not None}
         finally:
             for (_, table, key), tensor in zip(stood, before, strict=True):
                 table[key] = tensor
