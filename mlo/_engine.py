@@ -147,7 +147,9 @@ class Iteration:
             for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
             if upper in arrived
         }
-        return Parts(direct=_tree.zeros(values[upper]) if direct is None else direct, through=through), loss, aftermath
+        if direct is None:
+            return Parts(direct=_tree.zeros(values[upper]), through=through, has_direct=False), loss, aftermath
+        return Parts(direct=direct, through=through), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
         """A level takes its steps, and what it did is noted; below one in the middle, so is what they lead to.
@@ -280,13 +282,17 @@ class Iteration:
 
     def _look_at_value(self, name: str, step: int) -> None:
         """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
-        self.numbers.append((name, step, "the new value", _tree.sum_of(self.now[name].variables)))
+        tensors = _tree.leaves(self.now[name].variables)
+        self.numbers += [(name, step, "the new value", tensor.sum()) for tensor in tensors]
 
     def refuse_non_finite(self) -> None:
         """One look at all numbers together; who was first is asked only if there is something to ask."""
         if inside_transform() or not self.numbers:
             return
-        if bool(torch.stack([number.double() for *_, number in self.numbers]).isfinite().all()):
+        numbers = [number for *_, number in self.numbers]
+        if any(number.dtype != numbers[0].dtype for number in numbers):
+            numbers = [number.double() for number in numbers]
+        if bool(torch.stack(numbers).isfinite().all()):
             return
         level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform, linearise
+from mlo._autodiff import gradients, inside_transform
 from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import reduced_trees
@@ -247,7 +247,5 @@ def partials(
     def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
-    loss, aftermath, pull = linearise(objective, {name: values[name] for name in towards})
-    assert isinstance(loss, torch.Tensor)
-    found = pull(torch.ones_like(loss), towards)
+    found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
     return reduced_trees(found), loss, aftermath

@@ -15,6 +15,7 @@ from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import refuse_recording
+from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
@@ -42,7 +43,7 @@ class Response(AbstractResponse):
     losses: tuple[Tensor, ...]
     aftermaths: tuple[Aftermath, ...]
     around: Surroundings
-    kept: tuple[Step, ...]
+    kept: Sequence[Step]
     rest: tuple[Record, Mapping[str, Tensor]]
     begin: Position
     records: tuple[Record, ...]
@@ -118,18 +119,26 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     recording = is_recorded(around.values.values())
     pulled = recording or around.live
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
-    begun = steps - min(steps, tape.recorded)
+    every = 1 if recording else tape.every
+    begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
     position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
-    kept: deque[Step] = deque(maxlen=max(1, tape.kept))
+    starts, again = list[Position](), list[Record]()
+    kept: deque[Step] = deque(maxlen=max(1, tape.kept) if every == 1 else 1)
     rest = (records[-1], start.buffers)
     with torch.no_grad() if recording else nullcontext():
         fixed = _without_history(around) if recording else around
         tangents = at_rest(start, fixed) if tape.forward and not recording else []
-        for record in records[:begun]:
+        for number, record in enumerate(records[:begun]):
+            if kept:
+                kept[-1] = replace(kept[-1], gradient=None)
             position, last, loss, aftermath = take(level, position, fixed, record)
             tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)
+            if every > 1 and number >= first:
+                again.append(last.record)
+                if (number - first) % every == 0:
+                    starts.append(last.at)
             losses.append(loss)
             aftermaths.append(aftermath)
     response = Response(
@@ -138,7 +147,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         losses=tuple(losses),
         aftermaths=tuple(aftermaths),
         around=around,
-        kept=tuple(kept),
+        kept=Retaken(level, around, starts, again, every) if again else tuple(kept),
         rest=rest,
         begin=start,
         records=tuple(records),
@@ -160,20 +169,20 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     parts = list[tuple["Parts", ...]]()
 
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        at, losses, left, last = start, list["Tensor"](), list[Any](), ()
+        at, losses, left = start, list["Tensor"](), list[Any]()
+        before, gradient = start, start.variables
         values = {**around.values, **live}
         options = options_of(level, around.skeletons, values)
         for record in records:
             buffers = {**around.buffers, level.name: at.buffers}
             found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
-            gradient = connected(level, found)
-            last = (*_numbers(at), _tree.detach(gradient))
+            before, gradient = at, connected(level, found)
             variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             left.append((aftermath.measured, aftermath.buffers, aftermath.choices))
             parts.append(aftermath.parts)
-        return at.variables, (_numbers(at), losses, left, last)
+        return at.variables, (_numbers(at), losses, left, (*_numbers(before), _tree.detach(gradient)))
 
     live = {name: around.values[name] for name in (*around.live, *recorded(around.values)[0])}
     variables, (end, losses, left, (*stood, gradient)), pull = linearise(steps, live)

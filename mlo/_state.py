@@ -78,10 +78,12 @@ class Parts:
     - `direct`: the partial gradient of the objective in the upper level's own variables.
     - `through`: what arrives over the response of each level as the last arrow, (∂w*/∂u)ᵀ λ with the whole cotangent λ on
       that response.
+    - `has_direct`: false where the objective does not read the upper level's own variables, and `direct` is zero.
     """
 
     direct: Tree
     through: Mapping[str, Tree]
+    has_direct: bool = True
 
     @cached_property
     def indirect(self) -> Tree:
@@ -91,7 +93,7 @@ class Parts:
     @cached_property
     def total(self) -> Tree:
         """The hypergradient."""
-        return _tree.total([self.direct, *self.through.values()])
+        return _tree.total([self.direct, *self.through.values()]) if self.has_direct else self.indirect
 
 
 @final
@@ -114,11 +116,12 @@ class Norms:
     def of(cls, parts: Parts, before: Tree | None = None) -> Norms:
         """The norms of `parts`, and the cosine to the hypergradient `before`."""
         through = {name: _tree.norm(part) for name, part in parts.through.items()}
-        total = _tree.norm(parts.total)
+        indirect = next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect)
+        total = _tree.norm(parts.total) if parts.has_direct else indirect
         return cls(
             total=total,
-            direct=_tree.norm(parts.direct),
-            indirect=next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect),
+            direct=_tree.norm(parts.direct) if parts.has_direct else indirect.new_zeros(()),
+            indirect=indirect,
             through=through,
             cosine=None if before is None else _cosine(parts.total, total, before),
         )

@@ -69,7 +69,8 @@ def advanced(step: Step, tangents: list[Tangent]) -> list[Tangent]:
         after, remembered = updated(optimizer, step.record.iteration, moving[_GRADIENT], state, own, options)
         return joined({_VARIABLES: after, **{_MOMENT + key: moment for key, moment in remembered.moments.items()}})
 
-    stood = {_MOMENT + key: moment for key, moment in before.moments.items()}
+    stood: dict[str, Tree] = {_MOMENT + key: moment for key, moment in before.moments.items()}
+    assert step.gradient is not None
     push = pushforward(update, {_GRADIENT: step.gradient, _VARIABLES: step.start, **stood, **read})
     shapes: dict[str, Tree] = {_VARIABLES: step.start, **stood}
     found: list[Tangent] = []

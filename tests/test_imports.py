@@ -26,7 +26,7 @@ LAYERS = [
     {"mlo._level", "mlo._reading", "mlo._state"},
     {"mlo._objective"},
     {"mlo._step"},
-    {"mlo._linearisation", "mlo._tangent"},
+    {"mlo._linearisation", "mlo._retaken", "mlo._tangent"},
     {"mlo._response"},
     {"mlo._joint"},
     {"mlo._sweep"},

@@ -24,12 +24,15 @@ class Tape(NamedTuple):
     """What a level keeps of the steps it takes, counted from the last one back.
 
     - `recorded`: steps whose graph is kept while they are taken, to be differentiated in one sweep.
-    - `kept`: steps of which only start, gradient and draws are kept, to be evaluated again.
+    - `kept`: steps of which only start and draws are kept, to be evaluated again; of the last one its gradient too.
+    - `every`: of the starts of these only one in so many is kept, and the others are found by taking the steps again: one
+      more gradient for each of them, memory for kept/every + every starts. Not together with `recorded`.
     - `forward`: whether a tangent for every number that is read is carried along.
     """
 
     recorded: int
     kept: int
+    every: int = 1
     forward: bool = False
 
 

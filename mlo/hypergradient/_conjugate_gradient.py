@@ -123,7 +123,8 @@ class ConjugateGradient(AbstractInverse):
         return solution
 
     def _image(self, at: AbstractLinearisation, direction: Tree) -> Tree:
-        return _tree.add(at.hessian(direction), direction, scale=self.damping)
+        image = at.hessian(direction)
+        return _tree.add(image, direction, scale=self.damping) if self.damping else image
 
     def _tolerance(self, cotangent: Tree) -> float:
         wide = _tree.leaves(cotangent)[0].element_size() == 8

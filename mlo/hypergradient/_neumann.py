@@ -132,7 +132,8 @@ class Neumann(AbstractInverse):
         return (SAFETY / look.size).where(length != 0, 0.0)  # λ = 0 gives 0, where H is zero too
 
     def _image(self, at: AbstractLinearisation, direction: Tree) -> Tree:
-        return _tree.add(at.hessian(direction), direction, scale=self.damping)
+        image = at.hessian(direction)
+        return _tree.add(image, direction, scale=self.damping) if self.damping else image
 
 
 @final

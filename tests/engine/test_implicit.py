@@ -142,6 +142,7 @@ def test_steps_are_replayed_by_size_and_by_hand():
     assert Unroll().tape(100, 1_000_000).kept == 100
     assert Unroll(last=3).tape(100, 1_000_000) == Tape(recorded=3, kept=0)
     assert Unroll(replay=True).tape(2, 1) == Tape(recorded=0, kept=2)
+    assert Unroll(checkpoint="sqrt").tape(101, 1) == Tape(recorded=0, kept=101, every=11)
     with pytest.raises(ValueError, match="last must be at least 1"):
         Unroll(last=0)
 

@@ -84,6 +84,7 @@ CG = {"exact cost"}  # they stop at a tolerance
 METHODS = [  # method, the answer its theory promises, relative tolerance, what it does not claim
     (Unroll(), "unrolled", 1e-10, ()),
     (Unroll(replay=True), "unrolled", 1e-10, ()),
+    (Unroll(checkpoint="sqrt"), "unrolled", 1e-10, ()),
     (Unroll(last=1), "last_step", 1e-10, ()),
     (Unroll(last=2, replay=True), 2, 1e-10, ()),
     (FiniteDifference(radius=1e-2), "last_step", 1e-3, ()),
