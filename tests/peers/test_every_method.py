@@ -204,9 +204,8 @@ def test_dropout_is_drawn_once_for_all_evaluations_of_a_step(method, answer, tol
     graph = network_graph(method, steps=1, weights=weights)
     state = graph.init(seed=3)
     first = graph.hypergradient("u", state)
-    lower = [mask for index, mask in enumerate(seen) if index != 1]  # the second evaluation is that of the upper level
-    assert all(torch.equal(mask, lower[0]) for mask in lower)
-    assert not torch.equal(seen[1], seen[0])
+    lower = [mask for mask in seen if torch.equal(mask, seen[0])]
+    assert len(lower) == len(seen) - 1, "all but the evaluation of the upper level"
     assert same_bits(graph.hypergradient("u", state), first)
 
 
@@ -275,6 +274,8 @@ adaptive = {
 def test_adaptive_steps_where_every_gradient_is_exactly_zero(method, answer, tolerance, without, optimizer):
     """One step there is w' = w − ηg/ε to first order: w' = (η/ε)u. Implicit methods see H = I and no optimizer."""
     cotangent = normal(3, seed=5)
+    if isinstance(method, mlo.hypergradient.ZerothOrder):
+        method = replace(method, radius=1e-7)  # within the place where a step of Adam is linear
 
     def outer(values: Any, batch: Any) -> Tensor:
         return values["w"] @ cotangent
