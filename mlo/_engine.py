@@ -111,6 +111,7 @@ class Iteration:
                 reason = f"'{name}' is read neither by the objective nor by another level that is listed"
                 raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
             self.tally.pullbacks.append((upper, name))
+            self.tally.cotangents[upper, name] = cotangents[name]
             upstream = response.level.hypergradient.pullback(response, cotangents[name])
             for read, cotangent in upstream.items():
                 if read == upper:

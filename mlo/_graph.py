@@ -194,6 +194,11 @@ class Graph:
         return batches or {}
 
 
+def plan_of(graph: Graph) -> _engine.Plan:
+    """What the engine is given of `graph`."""
+    return graph._plan  # pyright: ignore[reportPrivateUsage]
+
+
 def objections(levels: Mapping[str, Level]) -> list[Mistake]:
     """Levels whose response is differentiated by a method that cannot be applied to their optimizer."""
     pulled = {lower for level in levels.values() for lower in _structure.differentiated(level, levels)}

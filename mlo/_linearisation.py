@@ -47,7 +47,7 @@ class Linearisation(AbstractLinearisation):
             return connected(level, found), aftermath.choices
 
         live = {name: around.values[name] for name in around.live}
-        _, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
+        self._gradient, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
         self._record = record.with_choices(choices)
 
     @property
@@ -55,17 +55,18 @@ class Linearisation(AbstractLinearisation):
         """See `AbstractLinearisation`."""
         return self._at.variables
 
+    @property
+    def gradient(self) -> Tree:
+        """∂f/∂w with the decay, at the response, of which the Hessian is the derivative; 0 at a solution."""
+        return self._decayed(self._gradient, self._at.variables)
+
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""
         name = self._level.name
         image = self._product(direction, (name,)).get(name)
         if image is None:  # the objective is linear in the level's own variables
             image = _tree.zeros(direction)
-        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
-        if not any(decays):
-            return image
-        pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
-        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
+        return self._decayed(image, direction)
 
     def cross(self, direction: Tree) -> Upstream:
         """See `AbstractLinearisation`."""
@@ -81,11 +82,11 @@ class Linearisation(AbstractLinearisation):
 
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
-        vector = _flat(cotangent)
+        vector = flat(cotangent)
         eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
-        columns = [_flat(self.hessian(_shaped(cotangent, row))) for row in eye]
+        columns = [flat(self.hessian(shaped(cotangent, row))) for row in eye]
         solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
-        return _shaped(cotangent, solution.where(failed == 0, float("nan")))
+        return shaped(cotangent, solution.where(failed == 0, float("nan")))
 
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
@@ -100,17 +101,25 @@ class Linearisation(AbstractLinearisation):
         upper = tally.pullbacks[-1][0] if tally.pullbacks else self._level.name
         tally.reports.setdefault((upper, self._level.name), {})[name] = value.detach()
 
+    def _decayed(self, tree: Tree, direction: Tree) -> Tree:
+        """`tree` and what the decay, times the identity, makes of `direction`."""
+        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
+        if not any(decays):
+            return tree
+        pairs = zip(_tree.leaves(tree), _tree.leaves(direction), decays, strict=True)
+        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
+
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
         return reduced_trees(self._pull(direction, towards, retain=True))
 
 
-def _flat(tree: Tree) -> Tensor:
+def flat(tree: Tree) -> Tensor:
     """All entries in one vector, tensor after tensor."""
     return torch.cat([tensor.reshape(-1) for tensor in _tree.leaves(tree)])
 
 
-def _shaped(tree: Tree, vector: Tensor) -> Tree:
+def shaped(tree: Tree, vector: Tensor) -> Tree:
     """The entries of `vector` in the shape of `tree`."""
     tensors = _tree.leaves(tree)
     parts = vector.split([tensor.numel() for tensor in tensors])

@@ -132,11 +132,15 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """Counts what an iteration costs while it runs."""
+    """Counts what an iteration costs while it runs.
+
+    - `cotangents`: by the pair (upper, level), the λ that arrived on the level's response in its last pullback.
+    """
 
     gradients: int = 0
     products: int = 0
     pullbacks: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    cotangents: dict[tuple[str, str], Tree] = field(default_factory=dict[tuple[str, str], "Tree"])
     reports: dict[tuple[str, str], dict[str, Tensor]] = field(
         default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
     )
