@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mlo._audit._methods import damping_of
-from mlo.hypergradient import Implicit, Neumann
+from mlo.hypergradient import FiniteDifference, Implicit, Neumann
 
 if TYPE_CHECKING:
     from mlo._audit._report import LevelAudit, Row, Spectrum
@@ -34,6 +34,9 @@ def findings(level: LevelAudit, given: Mapping[str, AbstractHypergradient]) -> I
             series = method.inverse if isinstance(method, Implicit) else method
             if isinstance(series, Neumann) and isinstance(series.step_size, float | int):
                 yield from _about_series(name, series, level, spectrum)
+    for name, method in given.items():
+        if isinstance(method, FiniteDifference):
+            yield from _about_differences(name, level)
     if level.reference is not None and not level.reference.converged:
         yield (
             f"the implicit reference is not converged: after {level.reference.products} products its residual is "
@@ -82,6 +85,16 @@ def _about_series(name: str, series: Neumann, level: LevelAudit, spectrum: Spect
     if spectrum.sign < 0 and least < 0 and not alpha * most > 2:
         grown = (1 - alpha * least) ** series.terms
         yield f"{name} has a last term {grown:.3g} times its first along λ_min = {spectrum.lambda_min:.3g}"
+
+
+def _about_differences(name: str, level: LevelAudit) -> Iterator[str]:
+    """They are one step of unrolling up to O(radius²): where they are not, it is for kinks or for rounding."""
+    cosine = level.row(name).cosine_unrolled
+    if level.steps == 1 and cosine is not None and cosine < GOOD:
+        yield (
+            f"{name} has cosine {cosine:.3f} to `unroll`, which on a smooth objective it equals up to O(radius²): kinks of "
+            "the objective lie within the radius, or the differences drown in rounding"
+        )
 
 
 def advice(level: LevelAudit) -> str:

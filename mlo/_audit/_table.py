@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import rich.box
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mlo._audit._report import Audit, LevelAudit, Row, Spectrum
 
 OWN = "→ "
@@ -47,7 +46,9 @@ def print_audit(audit: Audit, console: Console) -> None:
             continue
         table = _table(level)
         wide = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
-        console.print(table, width=max(wide, console.width), crop=False)  # numbers that are cut off say nothing
+        # Numbers that are cut off say nothing: where the screen is narrower, its lines wrap.
+        whole = Console(file=console.file, width=max(wide, console.width), force_terminal=console.is_terminal)
+        whole.print(table)
         for row in level.rows:
             if row.failure is not None:
                 say(f"  {OWN if row.own else ''}{row.method}: {row.failure}")
