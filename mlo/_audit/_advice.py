@@ -18,8 +18,14 @@ GOOD = 0.99
 CLOSE = 0.1
 """A relative error within which a single number is called right."""
 
+SOLVED = 0.01
+"""Of the upper loss: a level whose solution would change it by less counts as solved."""
+
 _SHORT = 0.1
 """α(K + 1)λ_max below which a series is called first order."""
+
+_GROWN = 1.1
+"""How much the last term of a series may exceed its first before that is worth a word."""
 
 _PRODUCT = 2.5
 """Gradients' worth of one product, for saying which method is cheapest."""
@@ -84,7 +90,8 @@ def _about_series(name: str, series: Neumann, level: LevelAudit, spectrum: Spect
     least = spectrum.lambda_min + series.damping
     if spectrum.sign < 0 and least < 0 and not alpha * most > 2:
         grown = (1 - alpha * least) ** series.terms
-        yield f"{name} has a last term {grown:.3g} times its first along λ_min = {spectrum.lambda_min:.3g}"
+        if grown > _GROWN:
+            yield f"{name} has a last term {grown:.3g} times its first along λ_min = {spectrum.lambda_min:.3g}"
 
 
 def _about_differences(name: str, level: LevelAudit) -> Iterator[str]:
@@ -106,13 +113,23 @@ def advice(level: LevelAudit) -> str:
     yours = _yours(level)
     if level.agreement is None or level.agreement_error is None:
         return f"With {stands}, {yours}; {_take(level, 'implicit' if sides['implicit'] else 'unrolled')}."
+    solve = _take(level, "implicit")
     if _is_right(level, level.agreement, level.agreement_error):
-        return (
-            f"The response is as good as a solution ({stands}; {_apart(level)}): {yours}; {_take(level, 'implicit')}."
-        )
+        return f"What was computed and what a solution would give agree here ({stands}; {_apart(level)}): {yours}; {solve}."
+    if is_solution(level):
+        few = f"{level.steps:,} step{' from there is' if level.steps == 1 else 's from there are'} too few to unroll towards it"
+        return f"The response is a solution ({stands}), and {few} ({_apart(level)}): {yours}; {solve}."
     follow = f"to follow the {_steps(level.steps)} taken, {_take(level, 'unrolled')}"
-    solve = f"for the implicit derivative, {_take(level, 'implicit')}"
-    return f"The response is not a solution ({stands}; {_apart(level)}): {yours}; {follow}; {solve}."
+    apart = f"The response is not a solution ({stands}; {_apart(level)})"
+    return f"{apart}: {yours}; {follow}; for the implicit derivative, {solve}."
+
+
+def is_solution(level: LevelAudit) -> bool:
+    """Whether the level is a minimum as far as the upper loss can tell."""
+    if level.reference is None or level.spectrum is None or level.upper_loss is None:
+        return False
+    close = level.reference.gap <= SOLVED * abs(level.upper_loss)
+    return level.spectrum.sign >= 0 and level.reference.converged and close
 
 
 def _yours(level: LevelAudit) -> str:
@@ -190,4 +207,4 @@ def _price(row: Row) -> str:
 
 
 def _steps(count: int) -> str:
-    return "step" if count == 1 else f"{count} steps"
+    return "step" if count == 1 else f"{count:,} steps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Of the ends of a spectrum, relative to the eigenvalue of largest size."""
+
+CONVERGED = 1e-3
+"""A relative residual below which the implicit reference is called converged."""
 
 SPECTRUM_PRODUCTS = 200
 REFERENCE_PRODUCTS = 500
@@ -69,6 +72,12 @@ class Curvature:
 
     def solve(self, cotangent: Tree) -> tuple[Tree, Reference]:
         """q = H⁺λ: eigenvalues that rounding cannot tell from zero are left out; iteratively where H is not a matrix."""
+        q, how, products, residual = self._solved(cotangent)
+        gap = torch.dot(q, wide(flat(self.at.gradient))).item()
+        found = Reference(how=how, products=products, residual=residual, converged=residual <= CONVERGED, gap=abs(gap))
+        return shaped(cotangent, q.to(_tree.leaves(cotangent)[0].dtype)), found
+
+    def _solved(self, cotangent: Tree) -> tuple[Tensor, Literal["dense", "minres"], int, float]:
         right = wide(flat(cotangent))
         precise = _tree.leaves(self.like)[0].element_size() == 8
         if self.dense is not None:
@@ -78,13 +87,10 @@ class Curvature:
             along = torch.where(usable, (vectors.T @ right) / values, torch.zeros_like(values))
             q = vectors @ along
             residual = ((vectors @ (values * along) - right).norm() / right.norm()).item()
-            found = Reference(how="dense", products=len(values), residual=residual, converged=residual <= 1e-3)
-        else:
-            tolerance = 1e-10 if precise else 1e-5
-            solution = least_residual(self.product, right, tolerance=tolerance, limit=REFERENCE_PRODUCTS)
-            q, residual = solution.vector, solution.residual
-            found = Reference(how="minres", products=solution.products, residual=residual, converged=residual <= 1e-3)
-        return shaped(cotangent, q.to(_tree.leaves(cotangent)[0].dtype)), found
+            return q, "dense", len(values), residual
+        tolerance = 1e-10 if precise else 1e-5
+        solution = least_residual(self.product, right, tolerance=tolerance, limit=REFERENCE_PRODUCTS)
+        return solution.vector, "minres", solution.products, solution.residual
 
     def residual(self, q: Tree, cotangent: Tree) -> float:
         """‖λ − Hq‖/‖λ‖."""

@@ -96,6 +96,7 @@ def _drawn(
     level = scene.level(name)
     missing: list[str] = []
     facts: dict[str, float | None] = {"cotangent_norm": _tree.norm(cotangent).item()}
+    facts["upper_loss"] = scene.loss
     if scene.parts is not None:
         facts["direct_norm"] = _tree.norm(scene.parts.direct).item()
         facts["total_norm"] = _tree.norm(scene.parts.total).item()

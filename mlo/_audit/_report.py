@@ -91,13 +91,15 @@ class Reference:
     """The implicit derivative that rows are held against.
 
     - `how`: `dense` (the whole matrix, solved in float64) or `minres`; `products`: what it took.
-    - `residual`: ‖λ − Hq‖/‖λ‖; `converged`: whether it is as small as the numbers' precision allows.
+    - `residual`: ‖λ − Hq‖/‖λ‖; `converged`: whether it is at most 1e-3.
+    - `gap`: |qᵀ ∂f/∂w|, by how much the upper loss would change, to first order, if the level were solved.
     """
 
     how: str
     products: int
     residual: float
     converged: bool
+    gap: float
 
 
 @final
@@ -109,6 +111,7 @@ class LevelAudit:
     - `iterations`: whose batches were drawn, one a draw.
     - `gradient_norm`: ‖∂f/∂w‖ at the response, with the optimizer's weight decay: how far it is from being a solution.
     - `start_gradient_norm`: the same where its steps began.
+    - `upper_loss`: the upper level's loss at the responses.
     - `cotangent_norm`: ‖λ‖ as it arrives there; `direct_norm`, `total_norm`: of the upper level's hypergradient.
     - `reads`: the levels that are pulled back to, with how many numbers each holds.
     - `agreement`, `agreement_error`: the cosine of the unrolled to the implicit derivative, and its relative error.
@@ -126,6 +129,7 @@ class LevelAudit:
     reads: Mapping[str, int] = field(default_factory=dict[str, int])
     gradient_norm: float | None = None
     start_gradient_norm: float | None = None
+    upper_loss: float | None = None
     cotangent_norm: float | None = None
     direct_norm: float | None = None
     total_norm: float | None = None

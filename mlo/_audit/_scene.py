@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 class Scene:
     """What the levels below `upper` have done, and the cotangent λ that arrives on each, by their own methods.
 
-    - `parts`: the hypergradient; None where a method failed, which `failure` tells.
+    - `parts`, `loss`: the hypergradient and the upper loss; None where a method failed, which `failure` tells.
     """
 
     inside: Iteration
     upper: str
     responses: Mapping[str, Response]
     parts: Parts | None
+    loss: float | None
     failure: str | None
 
     @classmethod
@@ -51,15 +52,15 @@ class Scene:
         inside.refuse_non_finite()
         responses = {name: taken[name] for name in below}
         try:
-            parts, _, _ = inside.differentiate(upper, responses, 0)
+            parts, loss, _ = inside.differentiate(upper, responses, 0)
         except MloError:
             raise
         except Exception as error:  # an operator without a second derivative, too little memory
             if not inside.tally.pullbacks:
                 raise  # the upper objective itself
             at = inside.tally.pullbacks[-1][1]
-            return cls(inside, upper, responses, None, f"the method of '{at}' fails: {brief(error)}")
-        return cls(inside, upper, responses, parts, None)
+            return cls(inside, upper, responses, None, None, f"the method of '{at}' fails: {brief(error)}")
+        return cls(inside, upper, responses, parts, loss.item(), None)
 
     @property
     def cotangents(self) -> Mapping[str, Tree]:

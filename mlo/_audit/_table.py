@@ -67,6 +67,7 @@ def _heading(level: LevelAudit) -> list[str]:
         "‖∂f/∂w‖ at the response": level.gradient_norm,
         "before its steps": level.start_gradient_norm,
         "‖λ‖": level.cotangent_norm,
+        f"loss of {level.upper}": level.upper_loss,
         f"‖d {level.upper}‖": level.total_norm,
         "of which direct": level.direct_norm,
     }
@@ -78,7 +79,10 @@ def _heading(level: LevelAudit) -> list[str]:
     if level.reference is not None:
         solve = level.reference
         how = "the whole Hessian, solved" if solve.how == "dense" else "minimal residuals over a Krylov space"
-        lines.append(f"  implicit reference: {how}; {solve.products:,} products, residual {solve.residual:.1e}")
+        lines.append(
+            f"  implicit reference: {how}; {solve.products:,} products, residual {solve.residual:.1e}; "
+            f"a solution would change the loss of {level.upper} by {solve.gap:.1e}"
+        )
     return lines
 
 
