@@ -117,7 +117,7 @@ def advice(level: LevelAudit) -> str:
     if _is_right(level, level.agreement, level.agreement_error):
         return f"What was computed and what a solution would give agree here ({stands}; {_apart(level)}): {yours}; {solve}."
     if is_solution(level):
-        few = f"{level.steps:,} step{' from there is' if level.steps == 1 else 's from there are'} too few to unroll towards it"
+        few = f"the {_steps(level.steps)} from there hold too little of its derivative"
         return f"The response is a solution ({stands}), and {few} ({_apart(level)}): {yours}; {solve}."
     follow = f"to follow the {_steps(level.steps)} taken, {_take(level, 'unrolled')}"
     apart = f"The response is not a solution ({stands}; {_apart(level)})"

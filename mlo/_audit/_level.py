@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,7 @@ def _drawn(
         at_hand = Circumstances(size=_tree.size(cotangent), dense=options.dense, spectrum=spectrum)
         own = {written(method): method for method in (level.hypergradient, *options.methods)}
         tables[name] = {**own, **{key: each for key, each in tried(at_hand) if key not in own}}
+    gc.collect()  # what is left over would be freed while memory is counted
     numbers = {
         key: method
         if isinstance(method, str)

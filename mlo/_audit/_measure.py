@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -45,7 +44,6 @@ def measured(
         return objection
     device = _tree.leaves(cotangent)[0].device
     try:
-        gc.collect()
         (found, q), peak = peak_of(lambda: _pulled(scene.respond_for(level, method), method, cotangent), device)
         response = scene.respond_for(level, method)
         tally = response.around.tally
@@ -59,6 +57,8 @@ def measured(
         residual = curvature.residual(q, cotangent) if q is not None and curvature is not None else None
     except Exception as error:
         return brief(error)
+    if not vectors:
+        return "it finds that the response depends on nothing"
     if not is_finite(vectors):
         return "its pullback is not finite"
     return {

@@ -43,10 +43,11 @@ class References:
             except Exception as error:
                 missing.append(f"no {name} reference: {brief(error)}")
                 return
-            if is_finite(vectors):
+            if vectors and is_finite(vectors):
                 found[name] = vectors
             else:
-                missing.append(f"no {name} reference: it is not finite")
+                reason = "it is not finite" if vectors else "it finds that the response depends on nothing"
+                missing.append(f"no {name} reference: {reason}")
 
         solve: list[Reference] = []
         if scene.level(level).steps:
