@@ -43,10 +43,10 @@ def test_a_table_has_every_number_of_its_report_on_a_narrow_screen(capsys):
         if row.failure is not None:
             assert any(row.method in line and row.failure in line for line in lines)
             continue
-        (line,) = [line for line in lines if line.removeprefix("→").strip().startswith(f"{row.method}  ")]
+        (line,) = [line for line in lines if line.strip().removeprefix("→").strip().startswith(f"{row.method}  ")]
         shown = list(cells(row).values())
         assert line.split()[-len(shown) :] == shown
-        assert line.startswith("→") == numbers["own"]
+        assert line.strip().startswith("→") == numbers["own"]
         for name, text in cells(row).items():
             scale = 2**20 if name == "peak_bytes" else 1
             number = numbers[name]
