@@ -61,7 +61,8 @@ class Curvature:
         found = extremes(curvature.product, start, tolerance=TOLERANCE, limit=SPECTRUM_PRODUCTS)
         if not math.isfinite(found.highest):
             raise ArithmeticError("a Hessian product is not finite")
-        ends = (found.lowest, found.highest, found.lowest_error, found.highest_error)
+        noise = torch.finfo(flat(like).dtype).eps * max(abs(found.lowest), abs(found.highest))  # of a product
+        ends = (found.lowest, found.highest, max(found.lowest_error, noise), max(found.highest_error, noise))
         spectrum = _spectrum(*ends, how="lanczos", products=found.products, converged=found.converged)
         return cls(at, like, spectrum, None)
 

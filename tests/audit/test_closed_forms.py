@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import mlo
-from mlo.hypergradient import ConjugateGradient, Exact, FirstOrder, Neumann, Unroll
+from mlo.hypergradient import AbstractHypergradient, ConjugateGradient, Exact, FirstOrder, Neumann, Unroll
 from mlo.testing import ClosedForm, quadratics, two_levels
 
 Inverse = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,9 @@ Inverse = Callable[[Tensor, Tensor], Tensor]
 def series(terms: int, alpha: float, damping: float = 0.0) -> Inverse:
     def inverse(h: Tensor, v: Tensor) -> Tensor:
         damped = h + damping * torch.eye(len(h), dtype=h.dtype)
-        powers = [torch.linalg.matrix_power(torch.eye(len(h), dtype=h.dtype) - alpha * damped, k) for k in range(terms + 1)]
+        powers = [
+            torch.linalg.matrix_power(torch.eye(len(h), dtype=h.dtype) - alpha * damped, k) for k in range(terms + 1)
+        ]
         return alpha * sum(power @ v for power in powers)
 
     return inverse
@@ -82,7 +84,9 @@ def test_rows_are_those_of_dense_linear_algebra(problem: ClosedForm):
     assert (level.own.gradients, level.own.products) == (1, 4)
 
 
-def chain(method: mlo.hypergradient.AbstractHypergradient, *, curvature: list[float] | None = None) -> tuple[mlo.Graph, dict]:
+def chain(
+    method: mlo.hypergradient.AbstractHypergradient, *, curvature: list[float] | None = None
+) -> tuple[mlo.Graph, dict]:
     """y above x above u: f_x = ½xᵀHx − xᵀBu, f_y = ½yᵀGy − yᵀCx, F = ½‖y − t‖², with weight decay on x."""
     n = 6
     basis, _ = torch.linalg.qr(normal(n, n, seed=1))
@@ -194,7 +198,7 @@ def test_an_indefinite_hessian_is_said_with_the_damping_that_makes_it_definite()
 
 
 def test_a_series_that_diverges_and_one_that_is_first_order_are_said_with_numbers():
-    graph, m = chain(Neumann(terms=5, step_size=1e-3))
+    graph, _ = chain(Neumann(terms=5, step_size=1e-3))
     level = mlo.audit(graph, methods=[Neumann(terms=5, step_size=2.0)], repeats=1).level("x")
     assert any(
         "neumann {terms: 5, step_size: 0.001} is first order (cosine to first_order: 1.0000" in finding

@@ -154,3 +154,24 @@ def test_a_graph_without_upper_levels_and_a_method_that_is_wrong_come_without_a_
     code, _, err = command("audit", "needs_aware/vanilla")
     assert code == 2
     assert "no level is subject to another" in err
+
+
+@pytest.mark.slow
+def test_needs_aware_is_audited_when_all_its_levels_are_due(command):
+    changes = [f"start.{level}.with.iterations=20" for level in ("generator", "discriminator", "meta")]
+    code, out, err = command("audit", "needs_aware", *changes, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [(level["upper"], level["level"]) for level in told["levels"]] == [
+        ("meta", "refined"),
+        ("meta", "generator"),
+        ("meta", "classifier"),
+    ]
+    for level in told["levels"]:
+        assert level["iterations"] == [8]
+        rows = {row["method"]: row for row in level["rows"]}
+        assert rows["finite_difference"]["own"]
+        assert rows["unroll {last: 1}"]["cosine_unrolled"] == pytest.approx(1.0)
+        assert rows["exact"]["failure"] == f"{level['size']:,} numbers are more than 2,000"
+        assert level["spectrum"]["converged"]
+        assert any("indefinite" in finding for finding in level["findings"])

@@ -92,7 +92,9 @@ def test_every_inverse_is_as_far_off_as_dense_linear_algebra_says(audited, dense
     (level,) = audited.levels
     exact = dense.cross(torch.linalg.solve(dense.h, dense.cotangent))
     assert level.row("exact").error_implicit < 1e-6
-    assert level.row("first_order").cosine_implicit == pytest.approx(cosine(dense.cross(dense.cotangent), exact), abs=1e-6)
+    assert level.row("first_order").cosine_implicit == pytest.approx(
+        cosine(dense.cross(dense.cotangent), exact), abs=1e-6
+    )
     told = [row for row in level.rows if row.method.startswith("neumann")]
     assert len(told) == 6
     for row in told:
@@ -124,7 +126,9 @@ def test_the_published_setting_is_first_order_and_a_large_step_diverges(audited)
     assert row.cosine_first_order > 0.99999
     assert row.cosine_implicit == pytest.approx(level.row("first_order").cosine_implicit, abs=1e-3)
     most = level.spectrum.lambda_max
-    said = f"{PUBLISHED} is first order (cosine to first_order: {row.cosine_first_order:.6f}): α(J+1)λ_max = 0.001 · 6 · "
+    said = (
+        f"{PUBLISHED} is first order (cosine to first_order: {row.cosine_first_order:.6f}): α(J+1)λ_max = 0.001 · 6 · "
+    )
     assert any(finding.startswith(f"{said}{most:.3g} = {6e-3 * most:.2g} ≪ 1") for finding in level.findings)
     diverging = f"neumann {{terms: 5, step_size: 3}} diverges: α·λ_max = 3 · {most:.3g} = {3 * most:.3g} > 2"
     assert any(finding.startswith(diverging) for finding in level.findings)
@@ -139,12 +143,16 @@ def test_unrolling_plain_descent_from_the_solution_is_a_series_of_as_many_terms(
     spec = mlo.load("reweighting", plain, "levels.network.steps=21")
     graph, problem = spec.build()
     solved = trained.state("latest")
-    state = graph.init(values={"network": solved.values["network"] | {}, "weights": torch.sigmoid(solved.values["weights"])})
+    state = graph.init(
+        values={"network": solved.values["network"] | {}, "weights": torch.sigmoid(solved.values["weights"])}
+    )
     batches = {
         "network": problem.streams["train"].draw(None),  # pyright: ignore
         "weights": problem.streams["validation"].draw(None),  # pyright: ignore
     }
-    levels = mlo.audit(graph, state=state, batches=batches, methods=[Neumann(terms=20, step_size=rate)], dense=0, repeats=1)
+    levels = mlo.audit(
+        graph, state=state, batches=batches, methods=[Neumann(terms=20, step_size=rate)], dense=0, repeats=1
+    )
     (level,) = levels.levels
     row = next(row for row in level.rows if row.method == f"neumann {{terms: 20, step_size: {rate!r}}}")
     assert level.own.method == "unroll"

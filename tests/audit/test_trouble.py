@@ -162,7 +162,10 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_a_graph_without_upper_levels_is_refused():
     alone = mlo.Level(
-        "w", objective=lambda values, _: values["w"].square().sum(), variables=normal(2, seed=0), optimizer=SGD(learning_rate=1.0)
+        "w",
+        objective=lambda values, _: values["w"].square().sum(),
+        variables=normal(2, seed=0),
+        optimizer=SGD(learning_rate=1.0),
     )
     with pytest.raises(mlo.UserError, match="no level is subject to another"):
         mlo.audit(mlo.Graph([alone]))
