@@ -100,7 +100,7 @@ def _about_differences(name: str, level: LevelAudit) -> Iterator[str]:
     if level.steps == 1 and cosine is not None and cosine < GOOD:
         yield (
             f"{name} has cosine {cosine:.3f} to `unroll`, which on a smooth objective it equals up to O(radius²): kinks of "
-            "the objective lie within the radius, or the differences drown in rounding"
+            "the objective lie within the radius, and a smaller one is then no better, or the differences drown in rounding"
         )
 
 

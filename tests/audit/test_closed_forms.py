@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import mlo
-from mlo.hypergradient import AbstractHypergradient, ConjugateGradient, Exact, FirstOrder, Neumann, Unroll
+from mlo.hypergradient import ConjugateGradient, Exact, FirstOrder, Neumann, Unroll
 from mlo.testing import ClosedForm, quadratics, two_levels
 
 Inverse = Callable[[Tensor, Tensor], Tensor]
