@@ -71,6 +71,12 @@ def _series(terms: int, *, small: bool = False) -> Maker:
     return made
 
 
+def _auto(make: Callable[..., AbstractHypergradient], at: Circumstances) -> AbstractHypergradient:
+    if "power_iterations" not in {field.name for field in dataclasses.fields(cast("Any", make))}:
+        raise Unfit("")
+    return make(terms=20, step_size="auto")
+
+
 def _damped_series(make: Callable[..., AbstractHypergradient], at: Circumstances) -> AbstractHypergradient:
     damping = at.damping
     assert at.spectrum is not None
@@ -84,11 +90,13 @@ TRIED: Sequence[tuple[str, str, Maker]] = (
     ("neumann", "Neumann", _series(20)),
     ("neumann", "Neumann", _series(100)),
     ("neumann", "Neumann", _series(LONG, small=True)),
+    ("neumann", "Neumann", _auto),
     ("neumann", "Neumann", _damped_series),
     ("conjugate_gradient", "ConjugateGradient", _with(iterations=10)),
     ("conjugate_gradient", "ConjugateGradient", _with(iterations=100)),
     ("conjugate_gradient", "ConjugateGradient", lambda make, at: make(iterations=100, damping=at.damping)),
     ("nystrom", "Nystrom", lambda make, at: make(rank=min(20, at.size), damping=rounded(0.01 / at.step_size))),
+    ("preconditioned", "Preconditioned", _with()),
     ("unroll", "Unroll", _with(last=1)),
     ("unroll", "Unroll", _with()),
     ("exact", "Exact", _small),

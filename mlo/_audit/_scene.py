@@ -75,8 +75,7 @@ class Scene:
         """The response of level `name` again, with `changes` to the level; its reads stand where they stood for it."""
         plan = self.inside.plan
         levels = {**plan.levels, name: replace(plan.levels[name], **changes)}
-        begin = self.inside.begin
-        again = Iteration(Plan(levels, plan.skeletons), begin, self.inside.batches, dict(self.inside.now), Tally())
+        again = replace(self.inside, plan=Plan(levels, plan.skeletons), now=dict(self.inside.now), tally=Tally())
         return again.respond(name, (self.upper, *self.responses))
 
     def respond_for(self, name: str, method: AbstractHypergradient) -> Response:
