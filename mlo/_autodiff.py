@@ -7,6 +7,9 @@ graph of a second derivative.
 
 Plain autograd also knows which inputs an output does not depend on; a transform answers zeros there. Levels that a
 hypergradient cannot reach are therefore found outside transforms only.
+
+A derivative that is taken while it is itself being recorded, as those below a nested level are, stays a function of the
+tensors it was taken at: see `is_recorded`.
 """
 
 from __future__ import annotations
@@ -32,6 +35,17 @@ def inside_transform() -> bool:
     return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage]
 
 
+def is_recorded(trees: Iterable[Tree]) -> bool:
+    """Whether what is computed from `trees` here and now will be differentiated again: they have a history, and it is on.
+
+    The outermost call of the engine turns recording off, `linearise` and `recorded_gradient` turn it on for what they
+    evaluate: a derivative taken inside of them is one of those.
+    """
+    if not torch.is_grad_enabled() or inside_transform():
+        return False
+    return any(tensor.requires_grad for tree in trees for tensor in _tree.leaves(tree))
+
+
 def linearise(
     function: Callable[[Mapping[str, Tree]], tuple[Tree, After]], at: Mapping[str, Tree]
 ) -> tuple[Tree, After, Callable[..., Upstream]]:
@@ -39,26 +53,50 @@ def linearise(
 
     `function(at)` gives a tree and a further value made of tensors, which is not differentiated. The pullback
     `pull(cotangent, names, retain=False)` gives (∂function/∂at[name])ᵀ cotangent for each of `names` that the result
-    depends on; it can be called again only after `retain=True`. One reverse pass a call.
+    depends on; it can be called again only after `retain=True`. One reverse pass a call. Where `at` has a history that is
+    being recorded, the result and what the pullback gives are recorded functions of it.
     """
     if inside_transform():
         return _linearise_by_transform(function, at)
+    if is_recorded(at.values()):
+        return _linearise_recorded(function, at)
     leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
     with torch.enable_grad():
         result, after = function(leaves)
 
     def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
-        pairs = zip(_tree.leaves(result), _tree.leaves(cotangent), strict=True)
-        tracked = [(output, weight) for output, weight in pairs if output.requires_grad]
-        wanted = {name: leaves[name] for name in names}
-        inputs = [leaf for tree in wanted.values() for leaf in _tree.leaves(tree)]
-        if not tracked or not inputs:
-            return {}
-        outputs, weights = zip(*tracked, strict=True)
-        found = torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, allow_unused=True)
-        return _grouped(wanted, found)
+        return _pulled(result, cotangent, {name: leaves[name] for name in names}, retain=retain, again=False)
 
     return _tree.detach(result), after, pull
+
+
+def _linearise_recorded(
+    function: Callable[[Mapping[str, Tree]], tuple[Tree, After]], at: Mapping[str, Tree]
+) -> tuple[Tree, After, Callable[..., Upstream]]:
+    """Partial derivatives are taken at aliases, so that none runs through the history of another argument."""
+    points = {name: _tree.apply(_alias, tree) for name, tree in at.items()}
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        result, after = function(points)
+
+    def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
+        wanted = {name: points[name] for name in names}
+        return _pulled(result, cotangent, wanted, retain=True, again=torch.is_grad_enabled())
+
+    return result, after, pull
+
+
+def _pulled(
+    result: Tree, cotangent: Tree, wanted: Mapping[str, Tree], *, retain: bool, again: bool
+) -> Mapping[str, Tree]:
+    """(∂result/∂wanted)ᵀ cotangent, by name; to be differentiated `again`, or not."""
+    pairs = zip(_tree.leaves(result), _tree.leaves(cotangent), strict=True)
+    tracked = [(output, weight) for output, weight in pairs if output.requires_grad]
+    inputs = [leaf for tree in wanted.values() for leaf in _tree.leaves(tree)]
+    if not tracked or not inputs:
+        return {}
+    outputs, weights = zip(*tracked, strict=True)
+    found = torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
+    return _grouped(wanted, found)
 
 
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
@@ -98,6 +136,10 @@ def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Ca
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else _leaf(tensor)
 
 
 def _grouped(wanted: Mapping[str, Tree], found: Iterable[Tensor | None]) -> Upstream:

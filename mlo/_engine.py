@@ -5,8 +5,9 @@ All functions are pure over explicit state. The global RNG is seeded before ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -14,11 +15,13 @@ import torch
 from mlo import _random, _tree
 from mlo._autodiff import inside_transform
 from mlo._errors import GraphError, Mistake, NumericalError
+from mlo._nest import Below, Nest
 from mlo._objective import Record, partials
 from mlo._response import Response, respond
 from mlo._state import Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
-from mlo._structure import is_due
+from mlo._structure import depends_on, is_due, nested, reads, response_order, surroundings
+from mlo._sweep import sweep
 from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
@@ -37,10 +40,37 @@ class Plan:
     levels: Mapping[str, Level]
     skeletons: Mapping[str, Skeleton]
 
+    @cached_property
+    def nested(self) -> frozenset[str]:
+        """The levels in the middle: see `mlo._structure.nested`."""
+        return nested(self.levels)
+
     def differentiated(self, upper: str) -> tuple[str, ...]:
-        """The levels whose responses `upper` differentiates through, in run order."""
-        listed = self.levels[upper].subject_to
-        return tuple(name for name, level in self.levels.items() if name in listed and not level.frozen)
+        """The levels whose responses `upper` differentiates through, each after all that its response depends on."""
+        return self._differentiated[upper]
+
+    def depends_on(self, name: str) -> tuple[str, ...]:
+        """The levels that the response of level `name` depends on."""
+        return self._depends_on[name]
+
+    def surroundings(self, name: str) -> tuple[str, ...]:
+        """The levels whose values a response of level `name` is computed from, itself first."""
+        return self._surroundings[name]
+
+    @cached_property
+    def _differentiated(self) -> dict[str, tuple[str, ...]]:
+        return {name: response_order(level, self.levels) for name, level in self.levels.items()}
+
+    @cached_property
+    def _depends_on(self) -> dict[str, tuple[str, ...]]:
+        return {name: depends_on(level, self.levels) for name, level in self.levels.items()}
+
+    @cached_property
+    def _surroundings(self) -> dict[str, tuple[str, ...]]:
+        return {
+            name: surroundings(level, self.levels) if name in self.nested else reads(level)
+            for name, level in self.levels.items()
+        }
 
 
 @final
@@ -80,10 +110,25 @@ class Iteration:
         """The response of level `name`, from where it stood when the iteration began, to the others as they stand now."""
         level = self.plan.levels[name]
         values, buffers = self._seen_by(level)
-        towards = tuple(read for read in level.given if read in set(live))
-        around = Surroundings(self.plan.skeletons, values, buffers, towards, self.tally)
-        records = [self.record(name, step) for step in range(max(1, level.steps))]
-        return respond(level, position(self.begin, name), around, records, steps=level.steps)
+        live = set(live)
+        towards = tuple(read for read in self.plan.depends_on(name) if read in live)
+        nest = self._nest(level) if name in self.plan.nested else None
+        around = Surroundings(self.plan.skeletons, values, buffers, towards, self.tally, nest)
+        return respond(level, position(self.begin, name), around, self._records(level), steps=level.steps)
+
+    def _records(self, level: Level) -> tuple[Record, ...]:
+        return tuple(self.record(level.name, step) for step in range(max(1, level.steps)))
+
+    def _nest(self, level: Level) -> Nest:
+        """The levels below one in the middle, each as it stood when the iteration began."""
+        below: list[Below] = []
+        for name in self.plan.differentiated(level.name):
+            lower = self.plan.levels[name]
+            opponents = {opponent: self.begin.values[opponent] for opponent in lower.against}
+            inner = self._nest(lower) if self.plan.differentiated(name) else None
+            start = position(self.begin, name)
+            below.append(Below(lower, start, self.plan.depends_on(name), opponents, self._records(lower), inner))
+        return Nest(level, self.plan.skeletons, below)
 
     def differentiate(self, upper: str, responses: Mapping[str, Response], step: int) -> tuple[Parts, Tensor, Any]:
         """The hypergradient of `upper` by parts, its loss, and what its objective left, at its `step`."""
@@ -95,57 +140,40 @@ class Iteration:
         )
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)
-        through = self._sweep(upper, responses, cotangents)
+        through = {
+            name: arrived[upper]
+            for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
+            if upper in arrived
+        }
         return Parts(direct=_tree.zeros(values[upper]) if direct is None else direct, through=through), loss, aftermath
 
-    def _sweep(self, upper: str, responses: Mapping[str, Response], cotangents: dict[str, Tree]) -> dict[str, Tree]:
-        """Walk the responses in reverse run order, adding cotangents where arrows meet; one pullback each."""
-        through: dict[str, Tree] = {}
-        idle: set[str] = set()  # pass nothing on: their method costs nothing without steps, and there are none
-        for name in reversed(list(responses)):
-            response = responses[name]
-            if name not in cotangents and any(name in responses[reader].level.given for reader in idle):
-                idle.add(name)
-                continue
-            if name not in cotangents:
-                reason = f"'{name}' is read neither by the objective nor by another level that is listed"
-                raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
-            self.tally.pullbacks.append((upper, name))
-            self.tally.cotangents[upper, name] = cotangents[name]
-            upstream = response.level.hypergradient.pullback(response, cotangents[name])
-            for read, cotangent in upstream.items():
-                if read == upper:
-                    through[name] = cotangent
-                elif read in responses:
-                    known = cotangents.get(read)
-                    cotangents[read] = cotangent if known is None else _tree.add(known, cotangent)
-            if not response.steps and response.level.hypergradient.cost(0, response.size) == (0, 0):
-                idle.add(name)
-            elif not any(read == upper or read in responses for read in upstream):
-                reason = (
-                    f"the response of '{name}' does not reach back to '{upper}': its objective does not depend on it"
-                )
-                raise GraphError([Mistake(upper, "subject_to", reason)])
-        return through
+    def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
+        """A level takes its steps, and what it did is noted; below one in the middle, so is what they lead to.
 
-    def descend(self, name: str, live: Iterable[str]) -> Response:
-        """A level that is subject to none takes its steps."""
-        response = self.retake(name, live)
-        self.losses[name] = response.losses
-        self.measured[name] = response.measured
-        return response
+        Those in `pulled` can be pulled back to the levels in `live`.
+        """
+        responses = self.retaken(name, pulled, live)
+        for taken, response in responses.items():
+            self.losses[taken], self.measured[taken] = response.losses, response.measured
+            parts = [part for left in response.aftermaths for part in left.parts]
+            if parts:
+                self.norms[taken] = tuple(map(Norms.of, parts))
+                self._look_at_norms(taken)
+        return responses
 
     def ascend(self, name: str, responses: Mapping[str, Response], live: Iterable[str]) -> None:
         """An upper level takes its steps; the responses below it are taken anew for each but the first."""
         level = self.plan.levels[name]
         assert level.optimizer is not None
         losses, measured, norms = [], [], []
-        kept = {lower: self.now[lower] for lower in responses}
-        moved = {upper: self.now[upper] for upper in self.norms}  # due at the same time: responses see where they stood
+        kept = {other: at for other, at in self.now.items() if other != name}
+        moved = {  # due at the same time: responses see where they stood
+            upper: self.now[upper] for upper in self.norms if upper not in self.plan.nested
+        }
         for step in range(level.steps):
             if step:
                 self.now.update({upper: position(self.begin, upper) for upper in moved})
-                responses = {lower: self.retake(lower, live) for lower in responses}
+                responses = self.respond_below(name, live)
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
@@ -154,17 +182,28 @@ class Iteration:
             losses.append(loss)
             measured.append(aftermath.measured)
             norms.append(Norms.of(parts))
-            self.numbers += [
-                (name, step + 1, "the loss", loss),
-                (name, step + 1, "the direct part of the hypergradient", norms[-1].direct),
-                *(
-                    (name, step + 1, f"the part of the hypergradient through '{lower}'", norm)
-                    for lower, norm in norms[-1].through.items()
-                ),
-            ]
+            self.numbers.append((name, step + 1, "the loss", loss))
+            self._look_at_norms(name, step, norms[-1:])
         self._look_at_value(name, level.steps)
         self.now.update(kept)
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
+
+    def respond_below(self, upper: str, live: Iterable[str]) -> dict[str, Response]:
+        """The responses that `upper` differentiates through, taken anew in the order of the program."""
+        found: dict[str, Response] = {}
+        below = self.plan.differentiated(upper)
+        for lower in below:
+            if lower not in found:
+                found |= self.retaken(lower, below, live)
+        return {lower: found[lower] for lower in below}
+
+    def retaken(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
+        """The response of level `name`; of one in the middle, then also those below it to where it leads."""
+        found = {name: self.retake(name, live if name in pulled else ())}
+        for lower in self.plan.differentiated(name):
+            if lower not in found:
+                found |= self.retaken(lower, pulled, live)
+        return found
 
     def retake(self, name: str, live: Iterable[str]) -> Response:
         """The response of level `name`, which now stands where it leads."""
@@ -177,13 +216,15 @@ class Iteration:
     def look_ahead(self, uppers: Iterable[str]) -> None:
         """Levels below `uppers` step back and take their steps again, seeing where the upper levels have moved."""
         below = {lower for upper in uppers for lower in self.plan.differentiated(upper)}
+        middle = below & self.plan.nested
+        inside = {lower for name in middle for lower in self.plan.differentiated(name)}
         for name in self.plan.levels:
-            if name in below:
-                self.retake(name, ())
+            if name in below - inside:
+                self.retaken(name, (), ())
 
     def _seen_by(self, level: Level) -> tuple[dict[str, Tree], dict[str, Mapping[str, Tensor]]]:
         """Values and buffers as `level` sees them: its opponents as they stood when the iteration began."""
-        seen = {name: self.now[name] for name in (level.name, *level.given, *level.subject_to)}
+        seen = {name: self.now[name] for name in self.plan.surroundings(level.name)}
         seen |= {name: position(self.begin, name) for name in level.against}
         return {name: at.variables for name, at in seen.items()}, {name: at.buffers for name, at in seen.items()}
 
@@ -209,6 +250,13 @@ class Iteration:
         )
         return state, metrics
 
+    def _look_at_norms(self, name: str, first: int = 0, norms: Sequence[Norms] | None = None) -> None:
+        """Those of `norms`, or of all steps of level `name`, where the first is that of step `first`, counted from 0."""
+        for step, each in enumerate(self.norms[name] if norms is None else norms, first + 1):
+            self.numbers.append((name, step, "the direct part of the hypergradient", each.direct))
+            for lower, norm in each.through.items():
+                self.numbers.append((name, step, f"the part of the hypergradient through '{lower}'", norm))
+
     def _look_at_value(self, name: str, step: int) -> None:
         """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
         self.numbers.append((name, step, "the new value", _tree.sum_of(self.now[name].variables)))
@@ -232,7 +280,8 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
     """One outer iteration: every level that is due takes its steps, in run order."""
     inside = Iteration.of(plan, state, batches)
     due = [name for name, level in plan.levels.items() if is_due(level, inside.number)]
-    uppers = [name for name in due if plan.differentiated(name)]
+    uppers = [name for name in due if plan.differentiated(name) and name not in plan.nested]
+    inner = {lower for name in due if name in plan.nested for lower in plan.differentiated(name)}  # taken anew above
     live = {name for upper in uppers for name in (upper, *plan.differentiated(upper))}
     pulled = {name for upper in uppers for name in plan.differentiated(upper)}
     responses: dict[str, Response] = {}
@@ -242,7 +291,7 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
                 below = {lower: responses[lower] for lower in plan.differentiated(name)}
                 inside.ascend(name, below, live)
             else:
-                responses[name] = inside.descend(name, live if name in pulled else ())
+                responses |= inside.descend(name, () if name in inner else pulled, live)
         inside.look_ahead(name for name in uppers if plan.levels[name].lookahead)
     except Exception:
         inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
@@ -253,8 +302,7 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
 def parts(plan: Plan, upper: str, state: State, batches: Mapping[str, Any]) -> Parts:
     """The hypergradient of `upper` by parts: levels it is subject to take their steps from `state`, which stays as it is."""
     inside = Iteration.of(plan, state, batches)
-    below = plan.differentiated(upper)
-    responses = {name: inside.retake(name, (upper, *below)) for name in below}
+    responses = inside.respond_below(upper, (upper, *plan.differentiated(upper)))
     return inside.differentiate(upper, responses, 0)[0]
 
 
@@ -265,9 +313,7 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     find zero there and no error. Where an operator has none at all, nothing can be said.
     """
     inside = Iteration.of(plan, state, batches)
-    below = plan.differentiated(upper)
-    for name in below:
-        response = inside.retake(name, (upper, *below))
+    for name, response in inside.respond_below(upper, (upper, *plan.differentiated(upper))).items():
         try:
             reached = response.linearise().cross(response.end.variables)
         except (RuntimeError, NotImplementedError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
 from mlo import _engine, _random, _structure, _tree
+from mlo._autodiff import inside_transform
 from mlo._constraint import Constraints
+from mlo._cost import Cost, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
@@ -22,15 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._types import Tree
-
-
-@final
-class Cost(NamedTuple):
-    """What a number of iterations costs: reverse passes of first and second order, and pullbacks."""
-
-    gradients: int
-    products: int
-    pullbacks: int
 
 
 @final
@@ -106,7 +100,7 @@ class Graph:
         Raises `NumericalError` for a loss or a part of a hypergradient that is not finite; `GraphError` for a level that
         turns out to be disconnected.
         """
-        with _random.preserved():
+        with _undisturbed():
             return _engine.step(self._plan, state, self._checked(batches))
 
     def hypergradient(self, name: str, state: State, batches: Mapping[str, Any] | None = None) -> Tree:
@@ -123,7 +117,7 @@ class Graph:
             raise UserError(f"no level named '{name}'.{nearest(name, self.levels)}")
         if self.levels[name].objective is None:
             raise UserError(f"level '{name}' is a constant: it has no objective to differentiate")
-        with _random.preserved():
+        with _undisturbed():
             return _engine.parts(self._plan, name, state, self._checked(batches))
 
     def probe(self, state: State, batches: Mapping[str, Any] | None = None) -> None:
@@ -132,7 +126,7 @@ class Graph:
         Raises `GraphError` with every level that is listed and not read, or whose response does not reach back.
         """
         mistakes: list[Mistake] = []
-        with _random.preserved():
+        with _undisturbed():
             for name, level in self.levels.items():
                 try:
                     if self._plan.differentiated(name):
@@ -146,22 +140,8 @@ class Graph:
             raise GraphError(mistakes)
 
     def cost(self, iterations: int) -> Cost:
-        """What the first `iterations` cost; exact for methods of fixed length."""
-        gradients = products = pullbacks = 0
-        retaken: dict[str, set[int]] = {name: set() for name in self.levels}  # when, for however many levels ahead
-        for name, level in self.levels.items():
-            times = _structure.times_due(level, iterations)
-            gradients += times * level.steps
-            for lower in self._plan.differentiated(name):
-                below = self.levels[lower]
-                pullback = below.hypergradient.cost(below.steps, _size(below.variables))
-                gradients += times * (level.steps * pullback.gradients + max(0, level.steps - 1) * below.steps)
-                products += times * level.steps * pullback.products
-                pullbacks += times * level.steps
-                if level.lookahead:
-                    retaken[lower].update(range(level.warm_up + level.every, iterations + 1, level.every))
-        gradients += sum(self.levels[name].steps * len(times) for name, times in retaken.items())
-        return Cost(gradients, products, pullbacks)
+        """What the first `iterations` cost; exact for methods of fixed length, and for nests of three levels."""
+        return predicted(self._plan, iterations)
 
     def module(self, name: str, state: State) -> nn.Module:
         """A copy of level `name`'s module that holds the parameters and buffers of `state`."""
@@ -199,22 +179,77 @@ def plan_of(graph: Graph) -> _engine.Plan:
     return graph._plan  # pyright: ignore[reportPrivateUsage]
 
 
+@contextmanager
+def _undisturbed() -> Generator[None]:
+    """Torch's global RNG is left as it was found, and nothing is recorded but what the engine records itself."""
+    with _random.preserved(), nullcontext() if inside_transform() else torch.no_grad():
+        yield
+
+
 def objections(levels: Mapping[str, Level]) -> list[Mistake]:
-    """Levels whose response is differentiated by a method that cannot be applied to their optimizer."""
+    """Levels whose response is differentiated by a method that cannot be applied to their optimizer, or in their nest."""
     pulled = {lower for level in levels.values() for lower in _structure.differentiated(level, levels)}
     found: list[Mistake] = []
     for name in sorted(pulled):
         optimizer = levels[name].optimizer
         reason = None if optimizer is None else levels[name].hypergradient.objection(optimizer)
         found += [] if reason is None else [Mistake(name, "hypergradient", reason)]
+    for level in levels.values():
+        found += _game_objections(level, levels)
+    for name in sorted(_structure.nested(levels)):
+        if levels[name].nested == "reduced":
+            found += _nest_objections(name, levels)
     return found
 
 
-def _size(variables: Any) -> int:
-    """How many numbers of a level are trained."""
-    if isinstance(variables, nn.Module):
-        return sum(tensor.numel() for tensor in variables.parameters() if tensor.requires_grad)
-    return sum(tensor.numel() for tensor in (variables.values() if isinstance(variables, Mapping) else [variables]))
+def _game_objections(upper: Level, levels: Mapping[str, Level]) -> list[Mistake]:
+    """Players that are pulled back together, of which the upper level lists some, or which say different things."""
+    found: list[Mistake] = []
+    below = _structure.differentiated(upper, levels)
+    for name in below:
+        method = levels[name].hypergradient
+        if not method.is_joint:
+            continue
+        for opponent in levels[name].against:
+            if levels[opponent].frozen:
+                continue
+            if opponent not in below:
+                reason = f"'{name}' is differentiated with its opponents, and '{opponent}' is not listed"
+                found.append(Mistake(upper.name, "subject_to", reason))
+            elif levels[opponent].hypergradient != method:
+                reason = f"it is differentiated together with '{opponent}', which has another method"
+                found.append(Mistake(name, "hypergradient", reason))
+    return found
+
+
+def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
+    """Why the total gradient of `middle` cannot be differentiated with the methods that were chosen."""
+    upper = levels[middle]
+    above = upper.hypergradient.nesting(upper.steps, size(upper.variables))
+    found: list[Mistake] = []
+    for name in _structure.response_order(upper, levels):
+        lower = levels[name]
+        below = lower.hypergradient.nesting(lower.steps, size(lower.variables))
+        if below.refused is not None:
+            reason = (
+                f"{below.refused}; the total gradient of '{middle}' is differentiated through it (or nested: direct)"
+            )
+            found.append(Mistake(name, "hypergradient", reason))
+        if above.compares and not below.follows:
+            reason = (
+                f"it compares gradients of '{middle}' at two places, where '{name}' takes its steps anew; but the method of "
+                f"'{name}' is not the derivative of these steps. Take a method with second derivatives here, unroll all "
+                f"steps of '{name}', or say nested: direct"
+            )
+            found.append(Mistake(middle, "hypergradient", reason))
+        if above.needs_symmetry and not below.symmetric:
+            reason = (
+                f"conjugate gradients need a symmetric Jacobian, and the total gradient of '{middle}' has none: those of "
+                f"'{name}' may stop before they have converged (fewer iterations than numbers). Take neumann, exact or "
+                f"gmres here, another method for '{name}', or say nested: direct"
+            )
+            found.append(Mistake(middle, "hypergradient", reason))
+    return found
 
 
 def unfit(level: Level) -> list[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 from mlo._errors import UserError
 from mlo._structure import ARROWS
@@ -40,6 +40,8 @@ class Level:
     - `every`, `warm_up`: the level is due at iteration t = warm_up + every, warm_up + 2·every, …, counted from 1.
     - `lookahead`: on an upper level: once it has moved, the levels it is subject to step back and retake their steps.
     - `hypergradient`: how cotangents on this level's response are pulled back.
+    - `nested`: of a level that is subject to others and that others are subject to: `reduced` differentiates the total
+      gradient it follows, `direct` only the partial one, with the responses below and what came through them held fixed.
 
     Levels are compared by identity. Raises `UserError` where a field cannot mean anything.
     """
@@ -57,6 +59,7 @@ class Level:
     warm_up: int = field(default=0, kw_only=True)
     lookahead: bool = field(default=False, kw_only=True)
     hypergradient: AbstractHypergradient = field(default=Unroll(), kw_only=True)
+    nested: Literal["reduced", "direct"] = field(default="reduced", kw_only=True)
 
     def __post_init__(self) -> None:
         for arrow in ARROWS:

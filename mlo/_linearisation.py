@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from mlo import _tree
-from mlo._autodiff import inside_transform, linearise, recorded_gradient
-from mlo._objective import evaluate, partials
+from mlo._autodiff import inside_transform, is_recorded, linearise
 from mlo._reduction import reduced_trees
-from mlo._step import Position, Surroundings, connected
+from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
 from mlo.hypergradient import AbstractLinearisation
 from mlo.optimizer import l2_decays
 
@@ -28,22 +28,23 @@ LOOK_EVERY = 5
 
 @final
 class Linearisation(AbstractLinearisation):
-    """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is."""
+    """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is.
+
+    Of a level in the middle of a nest it is the total gradient that is linearised, and `hessian` is Jᵀv with its Jacobian.
+    """
 
     def __init__(self, level: Level, around: Surroundings, at: Position, record: Record) -> None:
         self._level, self._around, self._at = level, around, at
         assert level.optimizer is not None
         self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
         self._looks = 0
+        self._recorded = is_recorded((at.variables, *around.values.values()))
         buffers = {**around.buffers, level.name: at.buffers}
         around.tally.gradients += 1
 
         def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, dict[str, Any]]:
             values = {**around.values, **moving}
-            found, _, aftermath = recorded_gradient(
-                lambda own: evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record),
-                moving[level.name],
-            )
+            found, _, aftermath = followed(level, around, values, moving[level.name], buffers, record)
             return connected(level, found), aftermath.choices
 
         live = {name: around.values[name] for name in around.live}
@@ -57,16 +58,29 @@ class Linearisation(AbstractLinearisation):
 
     @property
     def gradient(self) -> Tree:
-        """∂f/∂w with the decay, at the response, of which the Hessian is the derivative; 0 at a solution."""
+        """What is linearised, with the decay, at the response: 0 at a solution."""
         return self._decayed(self._gradient, self._at.variables)
 
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""
         name = self._level.name
-        image = self._product(direction, (name,)).get(name)
-        if image is None:  # the objective is linear in the level's own variables
+        return self._decayed(self._product(direction, (name,)).get(name), direction)
+
+    def pulled(self, direction: Tree) -> Upstream:
+        """Hv under the name of the level itself, and `cross`, in one product."""
+        name = self._level.name
+        found = self._product(direction, (name, *self._around.live))
+        return {**found, name: self._decayed(found.get(name), direction)}
+
+    def _decayed(self, image: Tree | None, direction: Tree) -> Tree:
+        """With what the L2 decay of the optimizer adds to `image`, which is None where f is linear in the variables."""
+        if image is None:
             image = _tree.zeros(direction)
-        return self._decayed(image, direction)
+        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
+        if not any(decays):
+            return image
+        pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
+        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
 
     def cross(self, direction: Tree) -> Upstream:
         """See `AbstractLinearisation`."""
@@ -74,19 +88,42 @@ class Linearisation(AbstractLinearisation):
 
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """See `AbstractLinearisation`."""
-        self._around.tally.gradients += 1
-        level, around = self._level, self._around
-        values = {**around.values, level.name: variables}
-        buffers = {**around.buffers, level.name: self._at.buffers}
-        return partials(level, around.skeletons, values, buffers, self._record, around.live)[0]
+        return gradient_of_reads(self._level, self._around, variables, self._at, self._record)
+
+    def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:
+        """See `AbstractLinearisation`."""
+        if not self._recorded:
+            return solve(self, cotangent)
+        everything = {**self._around.values, self._level.name: self._at.variables}
+        names, inputs = recorded(everything)
+        solution: Any = _Inverse.apply(self, solve, cotangent, names, *_tree.leaves(cotangent), *inputs)
+        return _tree.rebuild(cotangent, solution)
+
+    def regrouped(self, names: tuple[str, ...], tensors: Sequence[Tensor]) -> dict[str, Tree]:
+        """`tensors`, in the order of `names`, as trees by name."""
+        everything = {**self._around.values, self._level.name: self._at.variables}
+        return regrouped({name: everything[name] for name in names}, tensors)
+
+    def moved(self, values: Mapping[str, Tree]) -> Linearisation:
+        """The same at other values, of the level itself and of those around it; only these are live."""
+        own = values.get(self._level.name, self._at.variables)
+        live = tuple(name for name in values if name != self._level.name)
+        around = replace(self._around, values={**self._around.values, **values}, live=live)
+        return Linearisation(self._level, around, Position(own, self._at.buffers, self._at.optimizer), self._record)
+
+    def curvature(self, direction: Tree, cotangent: Tree, towards: Mapping[str, Tree]) -> Upstream:
+        """(∂Hv/∂u)ᵀ λ at `towards`, for every level u in it. One gradient and two products."""
+
+        def product(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            return self.moved(moving).hessian(direction), ()
+
+        _, _, pull = linearise(product, towards)
+        self._around.tally.products += 1
+        return pull(cotangent, tuple(towards))
 
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
-        vector = flat(cotangent)
-        eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
-        columns = [flat(self.hessian(shaped(cotangent, row))) for row in eye]
-        solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
-        return shaped(cotangent, solution.where(failed == 0, float("nan")))
+        return dense_solution(self.hessian, cotangent, damping=damping)
 
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
@@ -101,25 +138,61 @@ class Linearisation(AbstractLinearisation):
         upper = tally.pullbacks[-1][0] if tally.pullbacks else self._level.name
         tally.reports.setdefault((upper, self._level.name), {})[name] = value.detach()
 
-    def _decayed(self, tree: Tree, direction: Tree) -> Tree:
-        """`tree` and what the decay, times the identity, makes of `direction`."""
-        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
-        if not any(decays):
-            return tree
-        pairs = zip(_tree.leaves(tree), _tree.leaves(direction), decays, strict=True)
-        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
-
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
         return reduced_trees(self._pull(direction, towards, retain=True))
 
 
-def flat(tree: Tree) -> Tensor:
+class _Inverse(torch.autograd.Function):
+    """q = H⁻¹λ, differentiated by the same inverse: d(H⁻¹λ) = H⁻¹(dλ − dH · H⁻¹λ).
+
+    Differentiating *through* a truncated series gives a Jacobian that is not symmetric; this one is. `backward` is made of
+    recorded functions, so that it can be differentiated again, as often as a nest is deep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, at: Linearisation, solve: Any, cotangent: Tree, names: tuple[str, ...], *tensors: Tensor
+    ) -> Any:
+        solution = [tensor.detach() for tensor in _tree.leaves(solve(at, _tree.detach(cotangent)))]
+        ctx.at, ctx.solve, ctx.names, ctx.shapes = at, solve, names, cotangent
+        ctx.save_for_backward(*solution, *tensors[len(solution) :])
+        ctx.count = len(solution)
+        return tuple(solution)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> Any:
+        saved, count = ctx.saved_tensors, ctx.count
+        at: Linearisation = ctx.at
+        solution = _tree.rebuild(ctx.shapes, saved[:count])
+        towards = at.regrouped(ctx.names, saved[count:])
+        if not torch.is_grad_enabled():
+            towards = {name: _tree.detach(tree) for name, tree in towards.items()}
+        pulled = at.moved(towards).inverse(ctx.solve, _tree.rebuild(ctx.shapes, weights))
+        found = at.curvature(solution, pulled, towards)
+        rest = [
+            -leaf if name in found else None
+            for name in ctx.names
+            for leaf in _tree.leaves(found.get(name, towards[name]))
+        ]
+        return None, None, None, None, *_tree.leaves(pulled), *rest
+
+
+def dense_solution(product: Callable[[Tree], Tree], cotangent: Tree, *, damping: float) -> Tree:
+    """(A + damping · I)⁻¹ λ for the matrix A that `product` applies; not a number where that is singular."""
+    vector = _flat(cotangent)
+    eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
+    columns = [_flat(product(_shaped(cotangent, row))) for row in eye]
+    solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
+    return _shaped(cotangent, solution.where(failed == 0, float("nan")))
+
+
+def _flat(tree: Tree) -> Tensor:
     """All entries in one vector, tensor after tensor."""
     return torch.cat([tensor.reshape(-1) for tensor in _tree.leaves(tree)])
 
 
-def shaped(tree: Tree, vector: Tensor) -> Tree:
+def _shaped(tree: Tree, vector: Tensor) -> Tree:
     """The entries of `vector` in the shape of `tree`."""
     tensors = _tree.leaves(tree)
     parts = vector.split([tensor.numel() for tensor in tensors])

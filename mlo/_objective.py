@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._level import Level
+    from mlo._state import Parts
     from mlo._types import Tree, Upstream
 
 
@@ -45,11 +46,15 @@ class Record:
 
 
 class Aftermath(NamedTuple):
-    """What an evaluation leaves besides the loss: measurements, the level's own new buffers, the choices it made."""
+    """What an evaluation leaves besides the loss: measurements, the level's own new buffers, the choices it made.
+
+    `parts`: of a level in the middle of a nest, its total gradient by parts; nothing for others.
+    """
 
     measured: dict[str, Tensor]
     buffers: dict[str, Tensor]
     choices: dict[str, Any]
+    parts: tuple[Parts, ...] = ()
 
 
 @final

@@ -47,5 +47,12 @@ def refuse_recording(level: str) -> None:
         raise UserError(f"level '{level}' cannot be unrolled under several processes: {reason}")
 
 
+def refuse_nesting(level: str) -> None:
+    """Raise if the total gradient of `level` would have to be differentiated through an all-reduce."""
+    if _several():
+        reason = "its total gradient would be differentiated through a reduction over processes"
+        raise UserError(f"level '{level}' cannot be in the middle of a nest under several processes: {reason}")
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
+import torch
+
 from mlo import _tree
-from mlo._autodiff import linearise, recorded_gradient
+from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
-from mlo._objective import Aftermath, Record, evaluate
+from mlo._objective import Aftermath, Record
 from mlo._reduction import refuse_recording
-from mlo._step import Position, Step, Surroundings, connected, take
+from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.optimizer import OptimizerState, updated
 
@@ -20,13 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._level import Level
+    from mlo._state import Parts
     from mlo._types import Tree, Upstream
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Response(AbstractResponse):
-    """The steps of one level in one iteration: where they led, what they measured, and how to pull back.
+    """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
     """
@@ -34,7 +38,7 @@ class Response(AbstractResponse):
     level: Level
     end: Position
     losses: tuple[Tensor, ...]
-    measured: tuple[Mapping[str, Tensor], ...]
+    aftermaths: tuple[Aftermath, ...]
     around: Surroundings
     kept: tuple[Step, ...]
     rest: tuple[Record, Mapping[str, Tensor]]
@@ -50,6 +54,11 @@ class Response(AbstractResponse):
     def size(self) -> int:
         """See `AbstractResponse`."""
         return _tree.size(self.end.variables)
+
+    @property
+    def measured(self) -> tuple[Mapping[str, Tensor], ...]:
+        """What the objective measured at each step."""
+        return tuple(aftermath.measured for aftermath in self.aftermaths)
 
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
@@ -72,70 +81,72 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     """The response of `level`: `steps` optimizer steps from `start`, one for each of `records`.
 
     Without steps, the one record is what a linearisation at `start` is evaluated on. If levels around it are live, as
-    much of the steps is kept as its method asks for. One gradient a step.
+    much of the steps is kept as its method asks for. One gradient a step. Where the values around it have a history that
+    is being recorded, so has the response: its derivative is the pullback of its method, and can be differentiated again.
     """
-    tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if around.live else Tape(0, 0)
-    recorded = min(steps, tape.recorded)
-    position, losses, measured = start, list["Tensor"](), list[Mapping[str, "Tensor"]]()
+    recording = is_recorded(around.values.values())
+    pulled = recording or around.live
+    tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
+    begun = steps - min(steps, tape.recorded)
+    position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
     kept: deque[Step] = deque(maxlen=max(1, tape.kept))
     rest = (records[-1], start.buffers)
-    for record in records[: steps - recorded]:
-        position, last, loss, seen = take(level, position, around, record)
-        rest = (last.record, last.at.buffers)
-        kept.append(last)
-        losses.append(loss)
-        measured.append(seen)
-    if not recorded:
-        return Response(level, position, tuple(losses), tuple(measured), around, tuple(kept), rest)
-    refuse_recording(level.name)
-    position, late_losses, late_measured, last, pull = _record(
-        level, position, around, records[steps - recorded : steps]
-    )
-    return Response(
-        level,
-        position,
-        (*losses, *late_losses),
-        (*measured, *late_measured),
-        around,
-        (last,),
-        (last.record, last.at.buffers),
-        recorded,
-        pull,
-    )
+    with torch.no_grad() if recording else nullcontext():
+        fixed = _without_history(around) if recording else around
+        for record in records[:begun]:
+            position, last, loss, aftermath = take(level, position, fixed, record)
+            rest = (last.record, last.at.buffers)
+            kept.append(last)
+            losses.append(loss)
+            aftermaths.append(aftermath)
+    response = Response(level, position, tuple(losses), tuple(aftermaths), around, tuple(kept), rest)
+    if begun < steps:
+        refuse_recording(level.name)
+        return _record(response, records[begun:steps])
+    return _with_history(response) if recording else response
 
 
-def _record(
-    level: Level, start: Position, around: Surroundings, records: Sequence[Record]
-) -> tuple[Position, list[Tensor], list[Mapping[str, Tensor]], Step, Callable[..., Upstream]]:
-    """Take steps and keep their graph with respect to the live levels. Also gives the last step by itself."""
+def _record(before: Response, records: Sequence[Record]) -> Response:
+    """Take further steps after `before` and keep their graph with respect to the live levels, with the last by itself."""
+    level, around, start = before.level, before.around, before.end
     around.tally.gradients += len(records)
     optimizer = level.optimizer
     assert optimizer is not None
 
+    parts = list[tuple["Parts", ...]]()
+
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        at, losses, measured, last = start, [], [], ()
+        at, losses, left, last = start, list["Tensor"](), list[Any](), ()
         values = {**around.values, **live}
         for record in records:
-
-            def objective(own: Tree, at: Position = at, record: Record = record) -> tuple[Tensor, Aftermath]:
-                buffers = {**around.buffers, level.name: at.buffers}
-                return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record)
-
-            found, loss, aftermath = recorded_gradient(objective, at.variables)
+            buffers = {**around.buffers, level.name: at.buffers}
+            found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
             gradient = connected(level, found)
-            last = (*_numbers(at), _tree.detach(gradient), aftermath.choices)
+            last = (*_numbers(at), _tree.detach(gradient))
             variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
-            measured.append(aftermath.measured)
-        return at.variables, (_numbers(at), losses, measured, last)
+            left.append((aftermath.measured, aftermath.buffers, aftermath.choices))
+            parts.append(aftermath.parts)
+        return at.variables, (_numbers(at), losses, left, last)
 
-    live = {name: around.values[name] for name in around.live}
-    variables, (end, losses, measured, (*before, gradient, choices)), pull = linearise(steps, live)
+    live = {name: around.values[name] for name in (*around.live, *recorded(around.values)[0])}
+    variables, (end, losses, left, (*stood, gradient)), pull = linearise(steps, live)
     count = start.optimizer.count + len(records)
-    at = _position(before, count - 1)
-    last = Step(level, around, at, records[-1].with_choices(choices), gradient)
-    return _position((variables, *end[1:]), count), losses, measured, last, pull
+    aftermaths = [Aftermath(*each)._replace(parts=part) for each, part in zip(left, parts, strict=True)]
+    at = _position(stood, count - 1)
+    last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
+    return Response(
+        level,
+        _position((variables, *end[1:]), count),
+        (*before.losses, *losses),
+        (*before.aftermaths, *aftermaths),
+        around,
+        (last,),
+        (last.record, last.at.buffers),
+        len(records),
+        pull,
+    )
 
 
 def _numbers(at: Position) -> tuple[Tree, Mapping[str, Tensor], Mapping[str, Tree]]:
@@ -147,3 +158,105 @@ def _numbers(at: Position) -> tuple[Tree, Mapping[str, Tensor], Mapping[str, Tre
 def _position(numbers: Sequence[Any], count: int) -> Position:
     variables, buffers, moments = numbers
     return Position(variables, buffers, OptimizerState(count=count, moments=moments))
+
+
+def _without_history(around: Surroundings) -> Surroundings:
+    return replace(around, values={name: _tree.detach(tree) for name, tree in around.values.items()})
+
+
+# A response that is itself differentiated: a primitive whose derivative is the pullback of its method.
+
+
+def _with_history(response: Response) -> Response:
+    """`response` as a recorded function of the values around it; so are the places its kept steps started from."""
+    names, inputs = recorded(response.around.values)
+    kept = [replace(step, around=response.around) for step in response.kept]
+    for index in range(1, len(kept)):
+        kept[index] = replace(kept[index], at=_stepped(kept[index - 1], response.kept[index].at, names, inputs))
+    end: Any = _Responded.apply(response, tuple(kept), names, *inputs)
+    variables = _tree.rebuild(response.end.variables, end)
+    return replace(response, end=replace(response.end, variables=variables), kept=tuple(kept))
+
+
+class _Responded(torch.autograd.Function):
+    """w*(u), whose pullback is that of the level's method. Made of recorded functions, it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, response: Response, kept: tuple[Step, ...], names: tuple[str, ...], *tensors: Tensor) -> Any:
+        end = [tensor.detach() for tensor in _tree.leaves(response.end.variables)]
+        ctx.response, ctx.kept, ctx.names, ctx.count = response, kept, names, len(end)
+        ctx.save_for_backward(*end, *tensors)
+        return tuple(end)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> Any:
+        response: Response = ctx.response
+        again = torch.is_grad_enabled()
+        end, tensors = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        trees = {name: response.around.values[name] for name in ctx.names}
+        around = _at(response.around, regrouped(trees, tensors), again=again)
+        kept = ctx.kept if again else [replace(step, around=around) for step in response.kept]
+        if again:
+            variables = _tree.rebuild(response.end.variables, end)
+            kept = [replace(step, around=around) for step in kept]
+            response = replace(response, end=replace(response.end, variables=variables))
+        response = replace(response, around=around, kept=tuple(kept))
+        cotangent = _tree.rebuild(response.end.variables, weights)
+        found = response.level.hypergradient.pullback(response, cotangent)
+        return None, None, None, *_in_order(trees, found)
+
+
+class _Stepped(torch.autograd.Function):
+    """One optimizer step, (w', s') from (w, s) and the values around, whose pullback evaluates it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Step, after: Position, names: tuple[str, ...], trees: Mapping[str, Tree], *tensors: Tensor
+    ) -> Any:
+        ctx.step, ctx.names, ctx.trees, ctx.after = step, names, trees, after
+        ctx.save_for_backward(*tensors)
+        return tuple(tensor.detach() for tensor in joined({"": after.variables, **after.optimizer.moments}).values())
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> Any:
+        step: Step = ctx.step
+        again = torch.is_grad_enabled()
+        trees = regrouped(ctx.trees, ctx.saved_tensors)
+        if not again:
+            trees = {name: _tree.detach(tree) for name, tree in trees.items()}
+        moments = {key: trees[f":{key}"] for key in step.at.optimizer.moments}
+        at = Position(trees[":"], step.at.buffers, OptimizerState(step.at.optimizer.count, moments))
+        around = _at(step.around, {name: trees[name] for name in ctx.names}, again=again)
+        shapes: dict[str, Tree] = {"": ctx.after.variables, **ctx.after.optimizer.moments}
+        given = regrouped(shapes, weights)
+        own, stood, found = replace(step, at=at, around=around).replay(given.pop(""), given)
+        everything = {":": own, **{f":{key}": tree for key, tree in stood.items()}, **found}
+        return None, None, None, None, *_in_order(ctx.trees, everything)
+
+
+def _stepped(step: Step, after: Position, names: tuple[str, ...], inputs: Sequence[Tensor]) -> Position:
+    """`after`, where `step` leads, as a recorded function of where it started and of the values around it."""
+    stood = {":": step.at.variables, **{f":{key}": tree for key, tree in step.at.optimizer.moments.items()}}
+    trees: dict[str, Tree] = {**stood, **{name: step.around.values[name] for name in names}}
+    begun = [leaf for tree in stood.values() for leaf in _tree.leaves(tree)]
+    moved: Any = _Stepped.apply(step, after, names, trees, *begun, *inputs)
+    shapes: dict[str, Tree] = {"": after.variables, **after.optimizer.moments}
+    found = regrouped(shapes, moved)
+    return Position(found.pop(""), after.buffers, OptimizerState(after.optimizer.count, found))
+
+
+def _at(around: Surroundings, values: Mapping[str, Tree], *, again: bool) -> Surroundings:
+    """`around` at `values`, which become its live levels; without any history unless it is recorded `again`."""
+    everything = {**around.values, **values}
+    if not again:
+        everything = {name: _tree.detach(tree) for name, tree in everything.items()}
+    return replace(around, values=everything, live=tuple(values))
+
+
+def _in_order(trees: Mapping[str, Tree], found: Upstream) -> list[Tensor | None]:
+    """The tensors of `found` in the order of `trees`, None for those that are not there."""
+    return [
+        leaf if name in found else None
+        for name, tree in trees.items()
+        for leaf in (_tree.leaves(found[name]) if name in found else _tree.leaves(tree))
+    ]

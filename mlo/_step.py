@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+import torch
+
 from mlo import _tree
-from mlo._autodiff import linearise, recorded_gradient
+from mlo._autodiff import is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
 from mlo._objective import Aftermath, Record, evaluate, partials
 from mlo._reduction import refuse_recording
@@ -33,16 +36,47 @@ class Position:
     optimizer: OptimizerState
 
 
+class AbstractNest(ABC):
+    """The levels below one in the middle of a nest: what it minimises depends on their responses to it."""
+
+    @abstractmethod
+    def partials(
+        self,
+        values: Mapping[str, Tree],
+        buffers: Mapping[str, Mapping[str, Tensor]],
+        record: Record,
+        towards: tuple[str, ...],
+        tally: Tally,
+    ) -> tuple[Upstream, Tensor, Aftermath]:
+        """The total gradient of the level's objective towards other levels, its loss, and what the evaluation leaves."""
+
+    @abstractmethod
+    def partials_of_step(
+        self,
+        values: Mapping[str, Tree],
+        buffers: Mapping[str, Mapping[str, Tensor]],
+        record: Record,
+        towards: tuple[str, ...],
+        tally: Tally,
+        start: Tree,
+    ) -> Upstream:
+        """The gradient towards other levels, as far as it belongs to the derivative of the gradient followed at `start`."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What a level sees around it while it takes its steps: held fixed but for the levels in `live`."""
+    """What a level sees around it while it takes its steps: held fixed but for the levels in `live`.
+
+    With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it.
+    """
 
     skeletons: Mapping[str, Skeleton]
     values: Mapping[str, Tree]
     buffers: Mapping[str, Mapping[str, Tensor]]
     live: tuple[str, ...]
     tally: Tally
+    nest: AbstractNest | None = None
 
 
 @final
@@ -62,22 +96,24 @@ class Step(AbstractStep):
         return self.at.variables
 
     def pull_update(self, cotangent: Tree) -> Tree:
-        """See `AbstractStep`."""
-        optimizer = self.level.optimizer
+        """See `AbstractStep`. Where it is recorded, the gradient is too, which takes another one."""
+        optimizer, gradient = self.level.optimizer, self.gradient
         assert optimizer is not None
+        if is_recorded((self.start, *self.around.values.values())):
+            self.around.tally.gradients += 1
+            buffers = {**self.around.buffers, self.level.name: self.at.buffers}
+            found, _, _ = followed(self.level, self.around, self.around.values, self.start, buffers, self.record)
+            gradient = connected(self.level, found)
 
         def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             return updated(optimizer, self.record.iteration, moving[""], self.at.optimizer, self.at.variables)[0], ()
 
-        _, _, pull = linearise(update, {"": self.gradient})
+        _, _, pull = linearise(update, {"": gradient})
         return pull(cotangent, ("",))[""]
 
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """See `AbstractStep`."""
-        self.around.tally.gradients += 1
-        values = {**self.around.values, self.level.name: variables}
-        buffers = {**self.around.buffers, self.level.name: self.at.buffers}
-        return partials(self.level, self.around.skeletons, values, buffers, self.record, self.around.live)[0]
+        return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
 
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
         """See `AbstractStep`."""
@@ -92,19 +128,15 @@ class Step(AbstractStep):
         def step(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             own = moving[level.name]
             values = {**around.values, **{name: moving[name] for name in around.live}}
-
-            def objective(own: Tree) -> tuple[Tensor, Aftermath]:
-                return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, self.record)
-
-            found, _, _ = recorded_gradient(objective, own)
+            found, _, _ = followed(level, around, values, own, buffers, self.record)
             state = OptimizerState(self.at.optimizer.count, {key: moving[_MOMENT + key] for key in before})
             after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own)
-            return _joined({"": after, **remembered.moments}), ()
+            return joined({"": after, **remembered.moments}), ()
 
         live = {name: around.values[name] for name in around.live}
         stood = {_MOMENT + key: moment for key, moment in before.items()}
         result, _, pull = linearise(step, {level.name: self.start, **stood, **live})
-        given = _joined({"": cotangent, **moments})
+        given = joined({"": cotangent, **moments})
         weights = {key: given.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
         found = pull(weights, (level.name, *stood, *live))
         own = found.get(level.name)
@@ -119,24 +151,80 @@ _MOMENT = ":"
 """Before the name of a moment: level names are identifiers."""
 
 
-def _joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
+def joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
     """Several trees as one, by the name of the tree and of the tensor."""
     return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in _tree.named(tree).items()}
 
 
-def take(
-    level: Level, at: Position, around: Surroundings, record: Record
-) -> tuple[Position, Step, Tensor, Mapping[str, Tensor]]:
-    """One step of `level` from `at`: where it leads, the step itself, its loss and what was measured. One gradient."""
+def recorded(values: Mapping[str, Tree]) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The names in `values` of trees that have a history, and their tensors in that order."""
+    names = tuple(name for name, tree in values.items() if is_recorded((tree,)))
+    return names, [leaf for name in names for leaf in _tree.leaves(values[name])]
+
+
+def regrouped(trees: Mapping[str, Tree], tensors: Iterable[Tensor]) -> dict[str, Tree]:
+    """`tensors` in the shapes of `trees`, one after the other."""
+    rest = iter(tensors)
+    return {name: _tree.rebuild(tree, [next(rest) for _ in _tree.leaves(tree)]) for name, tree in trees.items()}
+
+
+def take(level: Level, at: Position, around: Surroundings, record: Record) -> tuple[Position, Step, Tensor, Aftermath]:
+    """One step of `level` from `at`: where it leads, the step itself, its loss and what was left behind. One gradient."""
     around.tally.gradients += 1
     values = {**around.values, level.name: at.variables}
     buffers = {**around.buffers, level.name: at.buffers}
-    found, loss, aftermath = partials(level, around.skeletons, values, buffers, record, (level.name,))
+    found, loss, aftermath = gradients(level, around, values, buffers, record, (level.name,))
     gradient = connected(level, found.get(level.name))
     assert level.optimizer is not None
     variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables)
     step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
-    return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath.measured
+    return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath
+
+
+def gradients(
+    level: Level,
+    around: Surroundings,
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+    towards: tuple[str, ...],
+) -> tuple[Upstream, Tensor, Aftermath]:
+    """`partials` of what `level` minimises: of its objective, or of that with the responses below it."""
+    if around.nest is None:
+        return partials(level, around.skeletons, values, buffers, record, towards)
+    return around.nest.partials(values, buffers, record, towards, around.tally)
+
+
+def followed(
+    level: Level,
+    around: Surroundings,
+    values: Mapping[str, Tree],
+    own: Tree,
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+) -> tuple[Tree | None, Tensor, Aftermath]:
+    """The gradient that `level` follows at `own`, as a recorded function of it and of `values`. None if there is none."""
+    if around.nest is None:
+
+        def objective(own: Tree) -> tuple[Tensor, Aftermath]:
+            return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record)
+
+        return recorded_gradient(objective, own)
+    with torch.enable_grad():
+        point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else tensor.detach().requires_grad_(), own)
+        everything = {**values, level.name: point}
+        found, loss, aftermath = around.nest.partials(everything, buffers, record, (level.name,), around.tally)
+    return found.get(level.name), loss, aftermath
+
+
+def gradient_of_reads(level: Level, around: Surroundings, variables: Tree, at: Position, record: Record) -> Upstream:
+    """∂f/∂u for the live levels u around `level`, which stands `at`, with its variables at `variables`. One gradient."""
+    around.tally.gradients += 1
+    values = {**around.values, level.name: variables}
+    buffers = {**around.buffers, level.name: at.buffers}
+    if around.nest is None:
+        return partials(level, around.skeletons, values, buffers, record, around.live)[0]
+    return around.nest.partials_of_step(values, buffers, record, around.live, around.tally, at.variables)
 
 
 def connected(level: Level, gradient: Tree | None) -> Tree:

@@ -38,6 +38,8 @@ class Declared(Protocol):
     def warm_up(self) -> int: ...
     @property
     def lookahead(self) -> bool: ...
+    @property
+    def nested(self) -> str: ...
 
 
 ARROWS = ("given", "subject_to", "against")
@@ -75,7 +77,8 @@ def run_order(levels: Iterable[Declared]) -> tuple[str, ...]:
     """Level names in the order they run; ties are broken by name, so the order of declaration changes nothing.
 
     A level runs after every level it is subject to, with what these rest on, and after every level it is given that does
-    not itself rest on it. An upper level thus moves last, listed or not: a level that reads it sees where it stood.
+    not itself rest on it. An upper level thus moves last, listed or not: a level that reads it sees where it stood. Below a
+    nested level, responses are taken anew once it stands, so others that read them run after it.
     Raises `networkx.NetworkXUnfeasible` on a cycle, which `mistakes` reports with its path.
     """
     import networkx as nx
@@ -92,7 +95,7 @@ def mistakes(levels: Sequence[Declared], *, running: bool = True) -> list[Mistak
         found += _time_mistakes(level, running=running)
     if found:
         return found  # the checks below follow arrows and need them to lead somewhere
-    found += _cycle_mistakes(levels)
+    found += _shared_mistakes(known) or _cycle_mistakes(levels)
     for level in levels:
         found += _response_mistakes(level, known)
         found += _due_mistakes(level, known)
@@ -102,6 +105,53 @@ def mistakes(levels: Sequence[Declared], *, running: bool = True) -> list[Mistak
 def differentiated(upper: Declared, known: Mapping[str, Declared]) -> tuple[str, ...]:
     """The levels whose responses `upper` differentiates through: those it is subject to, frozen ones left out."""
     return tuple(name for name in upper.subject_to if not known[name].frozen)
+
+
+def nested(known: Mapping[str, Declared]) -> frozenset[str]:
+    """The levels in the middle: subject to others, and differentiated through by others."""
+    below = {lower for level in known.values() for lower in differentiated(level, known)}
+    return frozenset(name for name in below if differentiated(known[name], known))
+
+
+def depends_on(level: Declared, known: Mapping[str, Declared], above: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """What the response of `level` depends on besides itself: what it is given, and what the responses below it depend on.
+
+    A level in the middle of a nest depends on what the levels below it are given, listed by itself or not, unless it is
+    differentiated with these held fixed.
+    """
+    below = differentiated(level, known) if level.nested == "reduced" else ()
+    found = dict.fromkeys(level.given)
+    for name in below:
+        if name not in above:  # a cycle is a mistake of its own
+            found |= dict.fromkeys(depends_on(known[name], known, above | {level.name}))
+    return tuple(name for name in found if name != level.name and name not in below)
+
+
+def surroundings(level: Declared, known: Mapping[str, Declared]) -> tuple[str, ...]:
+    """The levels whose values a response of `level` is computed from, itself first, with those that the ones below need."""
+    found = dict.fromkeys(reads(level))
+    waiting = list(differentiated(level, known))
+    while waiting:
+        lower = known[waiting.pop()]
+        found |= dict.fromkeys(reads(lower))
+        waiting += [name for name in differentiated(lower, known) if name not in found]
+    return tuple(found)
+
+
+def response_order(upper: Declared, known: Mapping[str, Declared]) -> tuple[str, ...]:
+    """The levels whose responses `upper` differentiates through, each after all that its response depends on.
+
+    That is the order in which the program that is differentiated takes them, and in reverse the order of the sweep. It
+    is the run order but for nests: below the level in their middle levels run first, and are taken anew once it stands.
+    """
+    import networkx as nx
+
+    below = set(differentiated(upper, known))
+    ranks = {name: rank for rank, name in enumerate(run_order(known.values()))}
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(below)
+    graph.add_edges_from((read, name) for name in below for read in depends_on(known[name], known) if read in below)
+    return tuple(nx.lexicographical_topological_sort(graph, key=lambda name: ranks[name]))
 
 
 def held_fixed(upper: Declared, known: Mapping[str, Declared]) -> tuple[tuple[str, ...], ...]:
@@ -143,6 +193,10 @@ def _precedence(levels: Iterable[Declared]) -> nx.DiGraph[str]:
     for level in known.values():
         graph.add_edges_from((name, level.name) for name in below[level.name])
         graph.add_edges_from((name, level.name) for name in level.given if level.name not in below[name])
+    for middle in nested(known):
+        kept = set(differentiated(known[middle], known))
+        inside = {middle, *kept, *below[middle]}
+        graph.add_edges_from((middle, name) for name in known if name not in inside and kept & set(reads(known[name])))
     return graph
 
 
@@ -154,7 +208,19 @@ def _rests_on(upper: Declared, known: Mapping[str, Declared]) -> set[str]:
         name = waiting.pop()
         if name != upper.name and name not in found:
             found.add(name)
-            waiting += [read for read in reads(known[name])[1:] if name not in known[read].subject_to]
+            waiting += [read for read in reads(known[name])[1:] if name not in _under(known[read], known)]
+    return found
+
+
+def _under(upper: Declared, known: Mapping[str, Declared]) -> set[str]:
+    """The levels that `upper` is subject to, and those that these are subject to in turn."""
+    found: set[str] = set()
+    waiting = list(upper.subject_to)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += known[name].subject_to
     return found
 
 
@@ -192,6 +258,10 @@ def _time_mistakes(level: Declared, *, running: bool) -> list[Mistake]:
             found.append(Mistake(level.name, key, f"expected a whole number of at least {least}, got {value}"))
     if level.lookahead and not level.subject_to:
         found.append(Mistake(level.name, "lookahead", "only a level that is subject to others can look ahead"))
+    if level.nested not in ("reduced", "direct"):
+        found.append(Mistake(level.name, "nested", f"expected reduced or direct, got {level.nested!r}"))
+    elif level.nested == "direct" and not level.subject_to:
+        found.append(Mistake(level.name, "nested", "only a level that is subject to others has a total gradient"))
     return found
 
 
@@ -208,29 +278,36 @@ def _cycle_mistakes(levels: Sequence[Declared]) -> list[Mistake]:
     return [Mistake(names[0], "given", f"levels read each other in a cycle: {path}; {advice}")]
 
 
+def _shared_mistakes(known: Mapping[str, Declared]) -> list[Mistake]:
+    """Two levels in the middle above one and the same level, neither of which rests on the other."""
+    middle = sorted(nested(known))
+    found: list[Mistake] = []
+    for one, two in combinations(middle, 2):
+        shared = sorted(set(differentiated(known[one], known)) & set(differentiated(known[two], known)))
+        if shared and one not in _rests_on(known[two], known) and two not in _rests_on(known[one], known):
+            reason = (
+                f"'{one}' and '{two}' are both subject to '{shared[0]}', and others are subject to them: each one's "
+                "response would depend on the other's; make them one level, or one of them subject to the other"
+            )
+            found.append(Mistake(two, "subject_to", reason))
+    return found
+
+
 def _response_mistakes(upper: Declared, known: Mapping[str, Declared]) -> list[Mistake]:
     found: list[Mistake] = []
     listed = differentiated(upper, known)
     for name in listed:
-        lower = known[name]
-        if differentiated(lower, known):
-            inner = ", ".join(differentiated(lower, known))
-            reason = (
-                f"'{name}' is itself subject to {inner}: the response of a nested level follows its total gradient, "
-                "which is not differentiated yet; it would be wrong to leave that out without a word"
-            )
-            found.append(Mistake(upper.name, "subject_to", reason))
-        elif not _reaches(upper.name, name, known, set(listed)):
+        if not _reaches(upper.name, name, known, set(listed)):
             reason = f"the response of '{name}' does not depend on '{upper.name}', directly or through a listed level"
             found.append(Mistake(upper.name, "subject_to", f"{reason}; list the missing arrow under `given`"))
     return found
 
 
 def _reaches(upper: str, lower: str, known: Mapping[str, Declared], listed: set[str]) -> bool:
-    """Whether `lower` is given `upper`, or a listed level whose response is."""
+    """Whether the response of `lower` depends on `upper`, or on a listed level whose response does."""
     seen, waiting = {lower}, [lower]
     while waiting:
-        given = known[waiting.pop()].given
+        given = depends_on(known[waiting.pop()], known)
         if upper in given:
             return True
         waiting += [name for name in given if name in listed and name not in seen]
@@ -251,7 +328,8 @@ def _due_mistakes(upper: Declared, known: Mapping[str, Declared]) -> list[Mistak
 
 
 def _lookahead_mistakes(levels: Sequence[Declared]) -> list[Mistake]:
-    uppers = [level for level in levels if level.subject_to and not level.frozen]
+    middle = nested({level.name: level for level in levels})  # responses below these are taken anew in any case
+    uppers = [level for level in levels if level.subject_to and not level.frozen and level.name not in middle]
     return [
         Mistake(one.name, "lookahead", f"'{one.name}' and '{two.name}' are due together and must agree on it")
         for one, two in combinations(uppers, 2)

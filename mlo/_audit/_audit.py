@@ -98,7 +98,7 @@ def _of_graph(
 
     def scenes(upper: str) -> Iterator[Scene]:
         for each in given:
-            yield Scene.of(plan, upper, begin, each or {}, plan.differentiated(upper))
+            yield Scene.of(plan, upper, begin, each or {})
 
     words = "fresh" if state is None else f"given, after iteration {begin.iteration:,}"
     return _audited("graph", graph, begin, words, scenes, len(given), options)
@@ -113,7 +113,7 @@ def _of_assembly(assembly: Assembly, start: State, words: str, draws: int, optio
         for iteration in islice((t for t in count(start.iteration + 1) if is_due(level, t)), draws):
             below = plan.differentiated(upper)
             due = {name for name, each in graph.levels.items() if is_due(each, iteration)}
-            moving = {name for name in due if name in below or not plan.differentiated(name)}
+            moving = {name for name in due if name in below or name in plan.nested or not plan.differentiated(name)}
             begin = replace(start, iteration=iteration - 1)
             yield Scene.of(plan, upper, begin, source.batches(graph.levels, iteration), moving)
 
@@ -130,11 +130,11 @@ def _audited(
     options: Options,
 ) -> Audit:
     plan = plan_of(graph)
-    uppers = [upper for upper in reversed(graph.order) if plan.differentiated(upper) and not graph.levels[upper].frozen]
+    uppers = [upper for upper in reversed(graph.order) if plan.differentiated(upper) and upper not in plan.nested]
     if not uppers:
         raise UserError(f"{name}: no level is subject to another, so there is no hypergradient to audit")
     some = _tree.leaves(state.values[plan.differentiated(uppers[0])[0]])[0]
-    with _random.preserved():
+    with _random.preserved(), torch.no_grad():
         levels = [each for upper in uppers for each in audit_below(scenes(upper), options)]
     return Audit(
         name=name,

@@ -11,8 +11,7 @@ import torch
 from mlo import _random, _tree
 from mlo._audit._krylov import extremes, least_residual
 from mlo._audit._report import Reference, Spectrum
-from mlo._audit._vectors import wide
-from mlo._linearisation import flat, shaped
+from mlo._audit._vectors import flat, shaped, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +25,9 @@ TOLERANCE = 1e-4
 CONVERGED = 1e-3
 """A relative residual below which the implicit reference is called converged."""
 
+_ASYMMETRIC = 1e4
+"""Roundings by which a matrix may differ from its transpose and still be called symmetric."""
+
 SPECTRUM_PRODUCTS = 200
 REFERENCE_PRODUCTS = 500
 
@@ -38,7 +40,7 @@ class Curvature:
     at: Linearisation
     like: Tree
     spectrum: Spectrum
-    dense: tuple[Tensor, Tensor] | None  # eigenvalues, eigenvectors
+    dense: tuple[Tensor, Tensor, Tensor] | None  # the matrix, eigenvalues and eigenvectors of its symmetric part
 
     @classmethod
     def of(cls, at: Linearisation, *, dense: int, seed: int) -> Curvature:
@@ -55,7 +57,7 @@ class Curvature:
             noise = (matrix - matrix.T).norm().item() / 2 + torch.finfo(values.dtype).eps * values.abs().max().item()
             ends = (values[0].item(), values[-1].item(), noise, noise)
             spectrum = _spectrum(*ends, how="dense", products=size, converged=True)
-            return cls(at, like, spectrum, (values, vectors))
+            return cls(at, like, spectrum, (matrix.T, values, vectors))  # its rows were products
         start = torch.randn(size, generator=_random.generator(seed, "audit", "lanczos")).to(first)
         curvature = cls(at, like, _spectrum(0.0, 0.0, 0.0, 0.0, how="", products=0, converged=False), None)
         found = extremes(curvature.product, start, tolerance=TOLERANCE, limit=SPECTRUM_PRODUCTS)
@@ -82,16 +84,19 @@ class Curvature:
         right = wide(flat(cotangent))
         precise = _tree.leaves(self.like)[0].element_size() == 8
         if self.dense is not None:
-            values, vectors = self.dense
+            matrix, values, vectors = self.dense
             eps = torch.finfo(torch.float64 if precise else torch.float32).eps
-            usable = values.abs() > 10 * eps * values.abs().max()
-            along = torch.where(usable, (vectors.T @ right) / values, torch.zeros_like(values))
-            q = vectors @ along
-            residual = ((vectors @ (values * along) - right).norm() / right.norm()).item()
+            if (matrix - matrix.T).norm() > _ASYMMETRIC * eps * matrix.norm():  # of a nest whose inverses are not
+                q = torch.linalg.lstsq(matrix, right[:, None], driver="gelsd" if right.is_cpu else None).solution[:, 0]
+            else:
+                usable = values.abs() > 10 * eps * values.abs().max()
+                q = vectors @ torch.where(usable, (vectors.T @ right) / values, torch.zeros_like(values))
+            residual = ((matrix @ q - right).norm() / right.norm()).item()
             return q, "dense", len(values), residual
         tolerance = 1e-10 if precise else 1e-5
         solution = least_residual(self.product, right, tolerance=tolerance, limit=REFERENCE_PRODUCTS)
-        return solution.vector, "minres", solution.products, solution.residual
+        residual = ((right - self.product(solution.vector)).norm() / right.norm()).item()
+        return solution.vector, "minres", solution.products + 1, residual
 
     def residual(self, q: Tree, cotangent: Tree) -> float:
         """‖λ − Hq‖/‖λ‖."""

@@ -42,6 +42,8 @@ def measured(
     objection = method.objection(optimizer)
     if objection is not None:
         return objection
+    if method.is_joint and scene.level(level).against:
+        return "it pulls the players of a game back together; rows are of one level at a time"
     device = _tree.leaves(cotangent)[0].device
     try:
         (found, q), peak = peak_of(lambda: _pulled(scene.respond_for(level, method), method, cotangent), device)

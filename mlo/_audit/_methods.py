@@ -95,6 +95,7 @@ TRIED: Sequence[tuple[str, str, Maker]] = (
     ("conjugate_gradient", "ConjugateGradient", _with(iterations=10)),
     ("conjugate_gradient", "ConjugateGradient", _with(iterations=100)),
     ("conjugate_gradient", "ConjugateGradient", lambda make, at: make(iterations=100, damping=at.damping)),
+    ("gmres", "GMRES", _with(iterations=50)),
     ("nystrom", "Nystrom", lambda make, at: make(rank=min(20, at.size), damping=rounded(0.01 / at.step_size))),
     ("preconditioned", "Preconditioned", _with()),
     ("unroll", "Unroll", _with(last=1)),

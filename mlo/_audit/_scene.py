@@ -38,8 +38,10 @@ class Scene:
     failure: str | None
 
     @classmethod
-    def of(cls, plan: Plan, upper: str, state: State, batches: Mapping[str, Any], moving: Iterable[str]) -> Scene:
-        """Let the levels in `moving` respond, in run order, and sweep back from `upper`.
+    def of(
+        cls, plan: Plan, upper: str, state: State, batches: Mapping[str, Any], moving: Iterable[str] | None = None
+    ) -> Scene:
+        """Let the levels in `moving` respond, or those alone that `upper` is subject to, and sweep back from `upper`.
 
         Raises `NumericalError` for a loss that is not finite, `GraphError` for a level that is disconnected. A method that
         fails leaves the levels behind it without a cotangent.
@@ -47,8 +49,13 @@ class Scene:
         inside = Iteration.of(plan, state, batches)
         below = plan.differentiated(upper)
         live = (upper, *below)
-        run = [name for name in plan.levels if name in set(moving)]
-        taken = {name: inside.retake(name, live if name in below else ()) for name in run}
+        if moving is None:
+            taken = inside.respond_below(upper, live)
+        else:
+            run, taken = set(moving), dict[str, "Response"]()
+            inner = {lower for name in run & plan.nested for lower in plan.differentiated(name)}  # taken anew above
+            for name in (name for name in plan.levels if name in run):
+                taken |= inside.retaken(name, () if name in inner else below, live)
         inside.refuse_non_finite()
         responses = {name: taken[name] for name in below}
         try:
@@ -65,7 +72,7 @@ class Scene:
     @property
     def cotangents(self) -> Mapping[str, Tree]:
         """λ by level, in the order in which levels are reached; a level that nothing has reached is absent."""
-        return {level: cotangent for (_, level), cotangent in self.inside.tally.cotangents.items()}
+        return {level: each for (upper, level), each in self.inside.tally.cotangents.items() if upper == self.upper}
 
     def level(self, name: str) -> Level:
         """The level as the graph has it."""

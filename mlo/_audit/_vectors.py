@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlo._linearisation import flat
+from mlo import _tree
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mlo._types import Upstream
+    from mlo._types import Tree, Upstream
 
 
 def flattened(upstream: Upstream) -> dict[str, Tensor]:
@@ -55,3 +55,15 @@ def is_finite(vectors: Mapping[str, Tensor]) -> bool:
 def wide(vector: Tensor) -> Tensor:
     """In float64, where the device has it."""
     return vector if vector.device.type == "mps" else vector.double()
+
+
+def flat(tree: Tree) -> Tensor:
+    """All entries in one vector, tensor after tensor."""
+    return torch.cat([tensor.reshape(-1) for tensor in _tree.leaves(tree)])
+
+
+def shaped(tree: Tree, vector: Tensor) -> Tree:
+    """The entries of `vector` in the shape of `tree`."""
+    tensors = _tree.leaves(tree)
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return _tree.rebuild(tree, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])

@@ -6,13 +6,16 @@ from mlo.hypergradient._abstract import AbstractLinearisation as AbstractLineari
 from mlo.hypergradient._abstract import AbstractResponse as AbstractResponse
 from mlo.hypergradient._abstract import AbstractStep as AbstractStep
 from mlo.hypergradient._abstract import Cost as Cost
+from mlo.hypergradient._abstract import Nesting as Nesting
 from mlo.hypergradient._abstract import Tape as Tape
 from mlo.hypergradient._conjugate_gradient import ConjugateGradient as ConjugateGradient
 from mlo.hypergradient._cross import CentralDifference as CentralDifference
 from mlo.hypergradient._cross import ExactCross as ExactCross
+from mlo.hypergradient._equilibrium import Equilibrium as Equilibrium
 from mlo.hypergradient._exact import Exact as Exact
 from mlo.hypergradient._finite_difference import FiniteDifference as FiniteDifference
 from mlo.hypergradient._first_order import FirstOrder as FirstOrder
+from mlo.hypergradient._gmres import GMRES as GMRES
 from mlo.hypergradient._implicit import AbstractInverse as AbstractInverse
 from mlo.hypergradient._implicit import Implicit as Implicit
 from mlo.hypergradient._neumann import Neumann as Neumann

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,6 +31,30 @@ class Tape(NamedTuple):
     kept: int
 
 
+class Nesting(NamedTuple):
+    """What matters about a pullback where it, or the response it belongs to, is differentiated again.
+
+    Where a level in the middle of a nest is differentiated through its total gradient, the pullbacks below it are
+    differentiated themselves: through all that they are made of, an inverse by the same inverse.
+
+    - `refused`: why this pullback cannot be differentiated, or None.
+    - `follows`: whether it is the derivative of the steps as they were taken, all of them.
+    - `compares`: whether it evaluates the gradient where the level's own variables are moved.
+    - `symmetric`: whether it is symmetric in the Hessian, so that the Jacobian of the total gradient is too.
+    - `needs_symmetry`: whether it is wrong where the Jacobian of the gradient it inverts is not symmetric.
+    - `recording`: what it costs more where it is recorded.
+    - `again`: what one derivative of it costs, of itself and of the response.
+    """
+
+    refused: str | None = None
+    follows: bool = False
+    compares: bool = False
+    symmetric: bool = True
+    needs_symmetry: bool = False
+    recording: Cost = Cost(0, 0)
+    again: Cost = Cost(0, 0)
+
+
 class AbstractHypergradient(ABC):
     """The pullback of a response, seen as a primitive of reverse-mode differentiation.
 
@@ -48,6 +72,15 @@ class AbstractHypergradient(ABC):
     @abstractmethod
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """Why a response of `optimizer` cannot be pulled back like this, or None."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether levels that play against each other are pulled back together."""
+        return False
+
+    def nesting(self, steps: int, size: int) -> Nesting:
+        """What matters where this pullback, of `steps` steps of a level with `size` numbers, is part of a nest."""
+        return Nesting()
 
     @abstractmethod
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
@@ -129,6 +162,10 @@ class AbstractLinearisation(ABC):
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
 
     @abstractmethod
+    def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:
+        """q = `solve`(this, λ). Below a nested level it is differentiated again: by the same inverse, not through it."""
+
+    @abstractmethod
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """(∂²f/∂w² + damping · I)⁻¹ λ with the whole matrix; not a number where it is singular. n products."""
 
@@ -148,6 +185,11 @@ class AbstractCross(ABC):
     @abstractmethod
     def cost(self) -> Cost:
         """Of one cross product."""
+
+    @property
+    @abstractmethod
+    def compares(self) -> bool:
+        """Whether it evaluates the gradient where the level's own variables are moved."""
 
     @abstractmethod
     def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:

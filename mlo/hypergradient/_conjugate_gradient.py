@@ -44,6 +44,15 @@ class ConjugateGradient(AbstractInverse):
         """At most one an iteration."""
         return self.iterations
 
+    @property
+    def needs_symmetry(self) -> bool:
+        """Yes."""
+        return True
+
+    def is_symmetric(self, size: int) -> bool:
+        """Only where it can converge: the iterates before depend on the cotangent in a way that is not linear."""
+        return self.iterations >= size
+
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
         """See the class. Stopping is a mask, so that it works under `vmap`; where it can be looked at, work stops too."""
         solution, residual, direction = _tree.zeros(cotangent), cotangent, cotangent

@@ -24,6 +24,11 @@ class ExactCross(AbstractCross):
         """One product."""
         return Cost(gradients=0, products=1)
 
+    @property
+    def compares(self) -> bool:
+        """No."""
+        return False
+
     def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:
         """See the class."""
         return at.cross(direction)
@@ -45,6 +50,11 @@ class CentralDifference(AbstractCross):
         """Two gradients."""
         return Cost(gradients=2, products=0)
 
+    @property
+    def compares(self) -> bool:
+        """Yes."""
+        return True
+
     def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:
         """See the class."""
         return central_difference(at.gradient_of_reads, at.variables, direction, self.radius)
@@ -53,8 +63,8 @@ class CentralDifference(AbstractCross):
 def central_difference(
     gradient_of_reads: Callable[[Tree], Upstream], start: Tree, direction: Tree, radius: float
 ) -> Upstream:
-    """(∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0."""
-    length = _tree.norm(direction)
+    """(∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0. ε is not differentiated."""
+    length = _tree.norm(_tree.detach(direction))
     epsilon = radius / (length + (length == 0))  # any ε will do where q = 0: both sides are then the same
     above = gradient_of_reads(_tree.add(start, direction, scale=epsilon))
     below = gradient_of_reads(_tree.add(start, direction, scale=-epsilon))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Tape
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Nesting, Tape
 from mlo.hypergradient._cross import central_difference
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class FiniteDifference(AbstractHypergradient):
     def cost(self, steps: int, size: int) -> Cost:
         """Two gradients, however many steps."""
         return Cost(gradients=2 if steps else 0, products=0)
+
+    def nesting(self, steps: int, size: int) -> Nesting:
+        """The gradient is recorded for the pullback of the update; the derivative of the response is this once more."""
+        recording = Cost(gradients=1 if steps else 0, products=0)
+        return Nesting(follows=steps <= 1, compares=True, recording=recording, again=self.cost(steps, size))
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """None: every optimizer's update can be pulled back."""

@@ -13,6 +13,7 @@ from mlo.hypergradient._abstract import (
     AbstractLinearisation,
     AbstractResponse,
     Cost,
+    Nesting,
     Tape,
 )
 from mlo.hypergradient._cross import ExactCross
@@ -36,6 +37,19 @@ class AbstractInverse(AbstractHypergradient):
     @abstractmethod
     def products(self, size: int) -> int:
         """Hessian products of one solve for `size` numbers; an upper bound where there is a tolerance."""
+
+    @property
+    def needs_symmetry(self) -> bool:
+        """Whether it is wrong for a matrix that is not symmetric."""
+        return False
+
+    def is_symmetric(self, size: int) -> bool:
+        """Whether the approximate inverse of a symmetric matrix is a symmetric matrix itself."""
+        return True
+
+    def nesting(self, steps: int, size: int) -> Nesting:
+        """See `Implicit`."""
+        return Implicit(inverse=self).nesting(steps, size)
 
     def tape(self, steps: int, size: int) -> Tape:
         """See `Implicit`."""
@@ -81,6 +95,16 @@ class Implicit(AbstractHypergradient):
         crossing = self.cross.cost
         return Cost(gradients=1 + crossing.gradients, products=self.inverse.products(size) + crossing.products)
 
+    def nesting(self, steps: int, size: int) -> Nesting:
+        """The derivative of the inverse is the same inverse and one product, that of the response this once more."""
+        own = self.cost(steps, size)
+        return Nesting(
+            compares=self.cross.compares,
+            symmetric=self.inverse.is_symmetric(size),
+            needs_symmetry=self.inverse.needs_symmetry,
+            again=Cost(own.gradients + 2, own.products + self.inverse.products(size) + 2),
+        )
+
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """A decoupled decay moves the variables without being part of what is minimised."""
         if not is_decoupled(optimizer):
@@ -91,5 +115,5 @@ class Implicit(AbstractHypergradient):
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class."""
         at = response.linearise()
-        found = self.cross.product(at, self.inverse.solve(at, cotangent))
+        found = self.cross.product(at, at.inverse(self.inverse.solve, cotangent))
         return {name: _tree.scale(tree, by=-1.0) for name, tree in found.items()}

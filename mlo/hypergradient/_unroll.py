@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
-from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Tape
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Nesting, Tape
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
@@ -51,6 +51,12 @@ class Unroll(AbstractHypergradient):
         """One product a step that is swept over, and one gradient where it is replayed."""
         recorded, kept = self.tape(steps, size)
         return Cost(gradients=kept, products=recorded + kept)
+
+    def nesting(self, steps: int, size: int) -> Nesting:
+        """Recorded steps are differentiated as they are; replayed ones are replayed again, and so are their starts."""
+        _, kept = self.tape(steps, size)
+        again = max(0, 2 * kept - 1)
+        return Nesting(follows=self.last is None or self.last >= steps, again=Cost(gradients=again, products=again))
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """None: every optimizer is differentiable."""

@@ -225,6 +225,7 @@ def _level(
         warm_up=warm_up,
         lookahead=level.lookahead,
         hypergradient=hypergradient_of(level.hypergradient) or Unroll(),
+        nested=level.nested,
     )
     groups = ("optimizer", level.optimizer.name, "groups") if level.optimizer else ()
     for key, pattern, message in unfit(found):

@@ -31,7 +31,7 @@ _TOO_COARSE = {  # by folded name, methods and their pieces that bfloat16 makes 
     "centraldifference": _DIFFERENCES,
     "conjugategradient": "its directions are not conjugate where dtype bfloat16 leaves Hessian products 3 digits.",
 }
-_STRUCTURE = ("given", "subject_to", "against", "steps", "every", "warm_up", "lookahead")
+_STRUCTURE = ("given", "subject_to", "against", "steps", "every", "warm_up", "lookahead", "nested")
 
 
 def faults(tree: Table, data: Mapping[str, Any], imports: Sequence[str]) -> list[Fault]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -95,6 +95,8 @@ class LevelSpec(BaseModel):
     - `lookahead`: of an upper level: those it is subject to step back after its update and take their steps again.
     - `optimizer`: how it steps; `none` makes it a constant.
     - `hypergradient`: how its response is pulled back to the levels above; default, `unroll`.
+    - `nested`: of a level that is subject to others and that others are subject to: `reduced` differentiates the total
+      gradient it follows, `direct` only the partial one, with the responses below it held fixed.
     - `constraints`: where variables stay, by a pattern of their names: `softplus` (above 0), `sigmoid` (between 0 and 1) or
       `softmax` (a distribution along the last dimension).
     - `freeze`: parts of its module, by name, that are not trained.
@@ -115,6 +117,7 @@ class LevelSpec(BaseModel):
     lookahead: Annotated[bool, Form("true or false")] = False
     optimizer: Chosen = None
     hypergradient: Chosen = None
+    nested: Annotated[Literal["reduced", "direct"], Form("reduced or direct")] = "reduced"
     constraints: Constrained = Frozen[Constraint]()
     freeze: Names = ()
 

@@ -13,7 +13,7 @@ from helpers import normal, optimizers
 from torch import Tensor, nn
 
 import mlo
-from mlo.hypergradient import FiniteDifference, Unroll
+from mlo.hypergradient import ConjugateGradient, FiniteDifference, Unroll
 
 RULE = optimizers["momentum"][0]
 
@@ -79,8 +79,34 @@ wrong_graphs = [  # levels, and what is said about them
         "levels read each other in a cycle: ",
     ),
     (
-        [level("x", given=["y", "u"]), level("y", given=["u"], subject_to=["x"]), level("u", subject_to=["y"])],
-        "level 'u', subject_to: 'y' is itself subject to x",
+        [
+            level("x", given=["y", "u"], hypergradient=ConjugateGradient(iterations=1)),
+            level("y", given=["u"], subject_to=["x"], hypergradient=ConjugateGradient(iterations=9)),
+            level("u", subject_to=["y"]),
+        ],
+        "level 'y', hypergradient: conjugate gradients need a symmetric Jacobian",
+    ),
+    (
+        [
+            level("x", given=["y", "u"], hypergradient=ConjugateGradient(iterations=9)),
+            level("y", given=["u"], subject_to=["x"], hypergradient=FiniteDifference()),
+            level("u", subject_to=["y"]),
+        ],
+        "level 'y', hypergradient: it compares gradients of 'y' at two places",
+    ),
+    (
+        [
+            level("x", given=["y", "z"]),
+            level("y", given=["u"], subject_to=["x"]),
+            level("z", given=["u"], subject_to=["x"]),
+            level("u", subject_to=["y", "z"]),
+        ],
+        "level 'z', subject_to: 'y' and 'z' are both subject to 'x', and others are subject to them",
+    ),
+    ([level("w", nested="direct")], "level 'w', nested: only a level that is subject to others has a total gradient"),
+    (
+        [level("x", given=["y"]), level("y", subject_to=["x"], nested="whole")],
+        "level 'y', nested: expected reduced or direct, got 'whole'",
     ),
     (
         [level("w"), level("u", subject_to=["w"])],
