@@ -114,6 +114,8 @@ def _of_assembly(assembly: Assembly, start: State, words: str, draws: int, optio
             below = plan.differentiated(upper)
             due = {name for name, each in graph.levels.items() if is_due(each, iteration)}
             moving = {name for name in due if name in below or name in plan.nested or not plan.differentiated(name)}
+            if upper in plan.nested:  # it is differentiated where it stood
+                moving = None
             begin = replace(start, iteration=iteration - 1)
             yield Scene.of(plan, upper, begin, source.batches(graph.levels, iteration), moving)
 
@@ -130,7 +132,7 @@ def _audited(
     options: Options,
 ) -> Audit:
     plan = plan_of(graph)
-    uppers = [upper for upper in reversed(graph.order) if plan.differentiated(upper) and upper not in plan.nested]
+    uppers = [upper for upper in reversed(graph.order) if plan.differentiated(upper) and not graph.levels[upper].frozen]
     if not uppers:
         raise UserError(f"{name}: no level is subject to another, so there is no hypergradient to audit")
     some = _tree.leaves(state.values[plan.differentiated(uppers[0])[0]])[0]
