@@ -99,6 +99,38 @@ def _pulled(
     return _grouped(wanted, found)
 
 
+def pushforward(
+    function: Callable[[Mapping[str, Tree]], Tree], at: Mapping[str, Tree]
+) -> Callable[[Mapping[str, Tree]], Tree]:
+    """From tangents by name, like `at`, to (∂function/∂at) tangent: the transpose of the pullback, itself linear.
+
+    By reverse passes only, so it is right wherever these are. For functions that cost little, such as an update.
+    """
+    if inside_transform():
+        result, pull_all = cast("Any", torch.func.vjp(function, dict(at)))
+        _, push = cast("Any", torch.func.vjp(lambda weights: pull_all(weights)[0], _tree.zeros(result)))
+        pushed: Any = push
+        return lambda tangents: pushed(dict(tangents))[0]
+    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    inputs = [(name, leaf) for name, tree in leaves.items() for leaf in _tree.leaves(tree)]
+    with torch.enable_grad():
+        result = function(leaves)
+        outputs = _tree.leaves(result)
+        weights = [torch.zeros_like(output).requires_grad_() for output in outputs]
+        tensors = [leaf for _, leaf in inputs]
+        pulled: Any = torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True)
+
+    def push(tangents: Mapping[str, Tree]) -> Tree:
+        turns = [turn for name in leaves for turn in _tree.leaves(tangents[name])]
+        used = [(image, turn) for image, turn in zip(pulled, turns, strict=True) if image is not None]
+        images, given = zip(*used, strict=True)
+        found: Any = torch.autograd.grad(images, weights, given, retain_graph=True, allow_unused=True)
+        pairs = zip(found, outputs, strict=True)
+        return _tree.rebuild(result, [torch.zeros_like(output) if t is None else t for t, output in pairs])
+
+    return push
+
+
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
     """∇function at `at`, as a differentiable function of all that `function` reads; None if it does not depend on `at`.
 

@@ -104,6 +104,8 @@ class _Prediction:
         players = {name, *(live & set(level.against) if level.hypergradient.is_joint else ())}
         numbers = sum(size(self.plan.levels[player].variables) for player in players)
         cost = level.hypergradient.cost(level.steps, numbers)
+        read = [self.plan.levels[read] for read in self.plan.depends_on(name) if read in live]
+        cost = _sum(cost, level.hypergradient.cost_of_reads(level.steps, sum(size(level.variables) for level in read)))
         if name not in self.plan.nested:
             return cost
         compared = min(2, cost.gradients) if _nesting(level).compares else 0

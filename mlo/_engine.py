@@ -18,7 +18,7 @@ from mlo._errors import GraphError, Mistake, NumericalError
 from mlo._nest import Below, Nest
 from mlo._objective import Record, partials
 from mlo._response import Response, respond
-from mlo._state import Metrics, Norms, Parts, State, Tally, batch_of
+from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
 from mlo._structure import depends_on, is_due, nested, reads, response_order, surroundings
 from mlo._sweep import sweep
@@ -94,7 +94,8 @@ class Iteration:
     @classmethod
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
         """An iteration that has not begun."""
-        return cls(plan, state, batches, {name: position(state, name) for name in plan.levels})
+        now = {name: position(state, name) for name in plan.levels}
+        return cls(plan, state, batches, now, Tally(recalled=state.memory))
 
     @property
     def number(self) -> int:
@@ -157,7 +158,9 @@ class Iteration:
             self.losses[taken], self.measured[taken] = response.losses, response.measured
             parts = [part for left in response.aftermaths for part in left.parts]
             if parts:
-                self.norms[taken] = tuple(map(Norms.of, parts))
+                totals = [self._last_hypergradient(taken), *(part.total for part in parts)]
+                self.norms[taken] = tuple(map(Norms.of, parts, totals))
+                self._remember_hypergradient(taken, totals[-1])
                 self._look_at_norms(taken)
         return responses
 
@@ -170,6 +173,7 @@ class Iteration:
         moved = {  # due at the same time: responses see where they stood
             upper: self.now[upper] for upper in self.norms if upper not in self.plan.nested
         }
+        before = self._last_hypergradient(name)
         for step in range(level.steps):
             if step:
                 self.now.update({upper: position(self.begin, upper) for upper in moved})
@@ -181,10 +185,12 @@ class Iteration:
             self.now[name] = Position(variables, {**at.buffers, **aftermath.buffers}, optimizer)
             losses.append(loss)
             measured.append(aftermath.measured)
-            norms.append(Norms.of(parts))
+            norms.append(Norms.of(parts, before))
+            before = parts.total
             self.numbers.append((name, step + 1, "the loss", loss))
             self._look_at_norms(name, step, norms[-1:])
         self._look_at_value(name, level.steps)
+        self._remember_hypergradient(name, before)
         self.now.update(kept)
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
 
@@ -204,6 +210,16 @@ class Iteration:
             if lower not in found:
                 found |= self.retaken(lower, pulled, live)
         return found
+
+    def _remember_hypergradient(self, upper: str, last: Tree | None) -> None:
+        if last is not None and not inside_transform():
+            self.tally.remembered[upper, upper] = {HYPERGRADIENT: _tree.detach(last)}
+
+    def _last_hypergradient(self, upper: str) -> Tree | None:
+        """That of the last iteration in which `upper` was due, if it can be compared with those of this one."""
+        before = self.begin.memory.get((upper, upper), {}).get(HYPERGRADIENT)
+        fits = before is not None and not inside_transform() and _tree.alike(before, self.now[upper].variables)
+        return before if fits else None
 
     def retake(self, name: str, live: Iterable[str]) -> Response:
         """The response of level `name`, which now stands where it leads."""
@@ -238,6 +254,7 @@ class Iteration:
             optimizers={name: self.now[name].optimizer for name in moving},
             iteration=self.number,
             seed=self.begin.seed,
+            memory=self.tally.memory(),
         )
         metrics = Metrics(
             losses={name: losses[-1] for name, losses in self.losses.items() if losses},
@@ -314,6 +331,8 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     """
     inside = Iteration.of(plan, state, batches)
     for name, response in inside.respond_below(upper, (upper, *plan.differentiated(upper))).items():
+        if not response.level.hypergradient.differentiates:
+            continue
         try:
             reached = response.linearise().cross(response.end.variables)
         except (RuntimeError, NotImplementedError):

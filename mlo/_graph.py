@@ -227,6 +227,8 @@ def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
     upper = levels[middle]
     above = upper.hypergradient.nesting(upper.steps, size(upper.variables))
     found: list[Mistake] = []
+    if above.needs_objective is not None:
+        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; say nested: direct or take unroll"))
     for name in _structure.response_order(upper, levels):
         lower = levels[name]
         below = lower.hypergradient.nesting(lower.steps, size(lower.variables))

@@ -39,6 +39,18 @@ class JointResponse(AbstractResponse):
         """Not of several levels."""
         raise TypeError("the steps of several players are not recorded together")
 
+    def contract(self, cotangent: Tree) -> Upstream:
+        """Not of several levels."""
+        raise TypeError("no tangents of several players are carried along")
+
+    def directions(self, count: int | None) -> Sequence[Upstream]:
+        """Not of several levels."""
+        raise TypeError("the steps of several players are not taken again together")
+
+    def retaken(self, direction: Upstream, *, scale: float) -> Tree:
+        """Not of several levels."""
+        raise TypeError("the steps of several players are not taken again together")
+
     def taken(self) -> Sequence[AbstractStep]:
         """None: the steps of several players are not steps of one."""
         return ()
@@ -92,6 +104,25 @@ class JointLinearisation(AbstractLinearisation):
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
         return dense_solution(self.hessian, cotangent, damping=damping)
+
+    def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
+        """Not of a matrix that is not symmetric."""
+        raise TypeError("the Jacobian of a game has no Nyström approximation")
+
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """See `AbstractLinearisation`: of every player by itself."""
+        return joined({name: self._players[name].pull_update(own) for name, own in self.separated(cotangent).items()})
+
+    def normal(self, index: int) -> Tree:
+        """See `AbstractLinearisation`."""
+        return joined({name: player.normal(index) for name, player in self._players.items()})
+
+    def recall(self, name: str) -> Tree | None:
+        """Nothing: what is remembered belongs to a level."""
+        return None
+
+    def remember(self, name: str, tree: Tree) -> None:
+        """Nothing."""
 
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""

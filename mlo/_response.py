@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from mlo import _tree
+from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record
 from mlo._reduction import refuse_recording
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
+from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.optimizer import OptimizerState, updated
 
@@ -33,6 +34,7 @@ class Response(AbstractResponse):
     """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
+    `begin` and `records` are what is needed to take all steps again.
     """
 
     level: Level
@@ -42,8 +44,11 @@ class Response(AbstractResponse):
     around: Surroundings
     kept: tuple[Step, ...]
     rest: tuple[Record, Mapping[str, Tensor]]
+    begin: Position
+    records: tuple[Record, ...]
     recorded: int = 0
     pull: Callable[..., Upstream] | None = None
+    tangents: tuple[Tangent, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -66,6 +71,32 @@ class Response(AbstractResponse):
         self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
+    def contract(self, cotangent: Tree) -> Upstream:
+        """See `AbstractResponse`."""
+        return contracted(list(self.tangents), cotangent)
+
+    def directions(self, count: int | None) -> Sequence[Upstream]:
+        """See `AbstractResponse`. Random ones are keyed by the seed of the last step."""
+        reads = {name: self.around.values[name] for name in self.around.live}
+        numbers = sum(map(_tree.size, reads.values()))
+        if count is None or count >= numbers:
+            return units(reads)
+        like = _tree.leaves(next(iter(reads.values())))[0]
+        drawn = _random.normal(like.new_empty(numbers, count), self.rest[0].seed, "directions")
+        found: list[Upstream] = []
+        for column in torch.linalg.qr(drawn)[0].unbind(1):
+            sizes = [leaf.numel() for tree in reads.values() for leaf in _tree.leaves(tree)]
+            shapes = [leaf.shape for tree in reads.values() for leaf in _tree.leaves(tree)]
+            parts = [part.view(shape) for part, shape in zip(column.split(sizes), shapes, strict=True)]
+            found.append(regrouped(reads, parts))
+        return found
+
+    def retaken(self, direction: Upstream, *, scale: float) -> Tree:
+        """See `AbstractResponse`."""
+        moved = {name: _tree.add(self.around.values[name], tree, scale=scale) for name, tree in direction.items()}
+        around = replace(self.around, values={**self.around.values, **moved}, live=())
+        return respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+
     def taken(self) -> Sequence[AbstractStep]:
         """See `AbstractResponse`."""
         return self.kept
@@ -74,7 +105,7 @@ class Response(AbstractResponse):
         """See `AbstractResponse`."""
         record, buffers = self.rest
         at = Position(self.end.variables, buffers, self.end.optimizer)
-        return Linearisation(self.level, self.around, at, record)
+        return Linearisation(self.level, self.around, at, record, self.kept[-1] if self.steps else None)
 
 
 def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record], *, steps: int) -> Response:
@@ -93,13 +124,26 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     rest = (records[-1], start.buffers)
     with torch.no_grad() if recording else nullcontext():
         fixed = _without_history(around) if recording else around
+        tangents = at_rest(start, fixed) if tape.forward and not recording else []
         for record in records[:begun]:
             position, last, loss, aftermath = take(level, position, fixed, record)
+            tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)
             losses.append(loss)
             aftermaths.append(aftermath)
-    response = Response(level, position, tuple(losses), tuple(aftermaths), around, tuple(kept), rest)
+    response = Response(
+        level=level,
+        end=position,
+        losses=tuple(losses),
+        aftermaths=tuple(aftermaths),
+        around=around,
+        kept=tuple(kept),
+        rest=rest,
+        begin=start,
+        records=tuple(records),
+        tangents=tuple(tangents),
+    )
     if begun < steps:
         refuse_recording(level.name)
         return _record(response, records[begun:steps])
@@ -136,16 +180,15 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     aftermaths = [Aftermath(*each)._replace(parts=part) for each, part in zip(left, parts, strict=True)]
     at = _position(stood, count - 1)
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
-    return Response(
-        level,
-        _position((variables, *end[1:]), count),
-        (*before.losses, *losses),
-        (*before.aftermaths, *aftermaths),
-        around,
-        (last,),
-        (last.record, last.at.buffers),
-        len(records),
-        pull,
+    return replace(
+        before,
+        end=_position((variables, *end[1:]), count),
+        losses=(*before.losses, *losses),
+        aftermaths=(*before.aftermaths, *aftermaths),
+        kept=(last,),
+        rest=(last.record, last.at.buffers),
+        recorded=len(records),
+        pull=pull,
     )
 
 

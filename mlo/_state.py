@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from mlo import _tree
 from mlo._errors import UserError
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
     from mlo._types import Tree
     from mlo.optimizer import OptimizerState
+
+
+Memory: TypeAlias = "Mapping[tuple[str, str], Mapping[str, Tree]]"
+"""By the pair (upper, level) and by name, trees shaped like the variables of the level."""
+
+HYPERGRADIENT = "hypergradient"
+"""What is remembered under (upper, upper)."""
 
 
 @final
@@ -27,6 +34,8 @@ class State:
     - `optimizers`: what each optimizer remembers; levels without one are absent.
     - `iteration`: how many iterations are finished.
     - `seed`: what all noise inside objectives is keyed by.
+    - `memory`: by the pair (upper, level), what the level's method remembers of its last pullback, by name; under
+      (upper, upper), the last hypergradient. Empty at the beginning, and safe to drop: nothing is wrong without it.
     """
 
     values: Mapping[str, Any]
@@ -34,6 +43,7 @@ class State:
     optimizers: Mapping[str, OptimizerState]
     iteration: int = 0
     seed: int = 0
+    memory: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
 
 
 @final
@@ -87,23 +97,40 @@ class Parts:
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Norms:
-    """Euclidean norms of the `Parts` of a hypergradient, zero-dimensional tensors."""
+    """Euclidean norms of the `Parts` of a hypergradient, zero-dimensional tensors.
+
+    `cosine` is that of the angle to the hypergradient of the upper level's step before, in this iteration or an earlier
+    one: near 1 it goes on in one direction, near 0 it is noise, near −1 it turns about. 0 where one of the two is zero;
+    None at the first step.
+    """
 
     total: Tensor
     direct: Tensor
     indirect: Tensor
     through: Mapping[str, Tensor]
+    cosine: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: Parts) -> Norms:
-        """The norms of `parts`."""
+    def of(cls, parts: Parts, before: Tree | None = None) -> Norms:
+        """The norms of `parts`, and the cosine to the hypergradient `before`."""
         through = {name: _tree.norm(part) for name, part in parts.through.items()}
+        total = _tree.norm(parts.total)
         return cls(
-            total=_tree.norm(parts.total),
+            total=total,
             direct=_tree.norm(parts.direct),
             indirect=next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect),
             through=through,
+            cosine=None if before is None else _cosine(parts.total, total, before),
         )
+
+
+def _cosine(tree: Tree, length: Tensor, other: Tree) -> Tensor:
+    """⟨tree, other⟩/(‖tree‖ ‖other‖), each divided by its own length first, so that no product under- or overflows."""
+    lengths = [length, _tree.norm(other)]
+    one, two = (
+        _tree.scale(each, by=1 / (size + (size == 0))) for each, size in zip((tree, other), lengths, strict=True)
+    )
+    return _tree.inner(one, two).clamp(-1, 1)
 
 
 @final
@@ -132,9 +159,10 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """Counts what an iteration costs while it runs.
+    """Counts what an iteration costs while it runs, and gathers what its methods say.
 
-    - `cotangents`: by the pair (upper, level), the λ that arrived on the level's response in its last pullback.
+    `recalled` is what earlier iterations remembered, `remembered` what this one does.
+    `cotangents` are, by the pair (upper, level), the λ that arrived on the level's response in its last pullback.
     """
 
     gradients: int = 0
@@ -144,3 +172,12 @@ class Tally:
     reports: dict[tuple[str, str], dict[str, Tensor]] = field(
         default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
     )
+    recalled: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
+    remembered: dict[tuple[str, str], dict[str, Tree]] = field(default_factory=dict[tuple[str, str], "dict[str, Tree]"])
+
+    def memory(self) -> Memory:
+        """What the next iteration recalls: what is new, and what is old where nothing is."""
+        return {
+            **self.recalled,
+            **{pair: {**self.recalled.get(pair, {}), **trees} for pair, trees in self.remembered.items()},
+        }

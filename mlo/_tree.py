@@ -90,6 +90,17 @@ def sum_of(tree: Tree) -> Tensor:
     return _sum([tensor.sum() for tensor in leaves(tree)])
 
 
+def alike(tree: Tree, other: Tree) -> bool:
+    """Whether the two have the same names, and under each a tensor of the same shape, type and device."""
+    if isinstance(tree, Mapping) != isinstance(other, Mapping):
+        return False
+    one, two = named(tree), named(other)
+    return one.keys() == two.keys() and all(
+        (tensor.shape, tensor.dtype, tensor.device) == (two[name].shape, two[name].dtype, two[name].device)
+        for name, tensor in one.items()
+    )
+
+
 def size(tree: Tree) -> int:
     """How many numbers `tree` holds."""
     return sum(tensor.numel() for tensor in leaves(tree))

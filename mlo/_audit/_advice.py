@@ -39,7 +39,7 @@ def findings(level: LevelAudit, given: Mapping[str, AbstractHypergradient]) -> I
         for name, method in given.items():
             series = method.inverse if isinstance(method, Implicit) else method
             if isinstance(series, Neumann) and isinstance(series.step_size, float | int):
-                yield from _about_series(name, series, level, spectrum)
+                yield from _about_series(name, series, series.step_size, level, spectrum)
     for name, method in given.items():
         if isinstance(method, FiniteDifference):
             yield from _about_differences(name, level)
@@ -71,8 +71,8 @@ def _about(spectrum: Spectrum) -> Iterator[str]:
         )
 
 
-def _about_series(name: str, series: Neumann, level: LevelAudit, spectrum: Spectrum) -> Iterator[str]:
-    alpha, most = series.step_size, spectrum.lambda_max + series.damping
+def _about_series(name: str, series: Neumann, alpha: float, level: LevelAudit, spectrum: Spectrum) -> Iterator[str]:
+    most = spectrum.lambda_max + series.damping
     row = level.row(name)
     reach = alpha * (series.terms + 1) * most
     if alpha * most > 2:

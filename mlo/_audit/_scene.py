@@ -82,7 +82,8 @@ class Scene:
         """The response of level `name` again, with `changes` to the level; its reads stand where they stood for it."""
         plan = self.inside.plan
         levels = {**plan.levels, name: replace(plan.levels[name], **changes)}
-        again = replace(self.inside, plan=Plan(levels, plan.skeletons), now=dict(self.inside.now), tally=Tally())
+        tally = Tally(recalled=self.inside.tally.recalled)
+        again = replace(self.inside, plan=Plan(levels, plan.skeletons), now=dict(self.inside.now), tally=tally)
         return again.respond(name, (self.upper, *self.responses))
 
     def respond_for(self, name: str, method: AbstractHypergradient) -> Response:

@@ -49,13 +49,12 @@ class Unroll(AbstractHypergradient):
 
     def cost(self, steps: int, size: int) -> Cost:
         """One product a step that is swept over, and one gradient where it is replayed."""
-        recorded, kept = self.tape(steps, size)
-        return Cost(gradients=kept, products=recorded + kept)
+        tape = self.tape(steps, size)
+        return Cost(gradients=tape.kept, products=tape.recorded + tape.kept)
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """Recorded steps are differentiated as they are; replayed ones are replayed again, and so are their starts."""
-        _, kept = self.tape(steps, size)
-        again = max(0, 2 * kept - 1)
+        again = max(0, 2 * self.tape(steps, size).kept - 1)
         return Nesting(follows=self.last is None or self.last >= steps, again=Cost(gradients=again, products=again))
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:

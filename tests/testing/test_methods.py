@@ -17,6 +17,8 @@ from mlo.hypergradient import (
     FirstOrder,
     Implicit,
     Neumann,
+    Nystrom,
+    Preconditioned,
     Unroll,
 )
 from mlo.testing import check_method, problems
@@ -58,6 +60,9 @@ def damped(damping: float) -> Any:
     return lambda h, cotangent: torch.linalg.solve(h + damping * torch.eye(len(h), dtype=h.dtype), cotangent)
 
 
+RATE = 0.5
+"""The learning rate of the lower optimizer, where a property does not choose another: of plain SGD."""
+
 CG = {"exact cost"}  # they stop at a tolerance
 METHODS = [  # method, the answer its theory promises, relative tolerance, what it does not claim
     (Unroll(), "unrolled", 1e-10, ()),
@@ -71,8 +76,15 @@ METHODS = [  # method, the answer its theory promises, relative tolerance, what 
     (ConjugateGradient(iterations=12, damping=0.3), damped(0.3), 1e-8, CG),
     (ConjugateGradient(iterations=2), krylov(2), 1e-6, {*CG, "linearity"}),  # the space depends on the cotangent
     (Neumann(terms=5, step_size=0.7), series(5, 0.7), 1e-10, ()),
+    (Neumann(terms=300, step_size=0.8, tolerance=1e-10), "exact", 1e-8, {"exact cost"}),
+    (Neumann(terms=300, step_size="auto", tolerance=1e-10), "exact", 1e-8, {"exact cost"}),
+    (ConjugateGradient(iterations=12, warm_start=True), "exact", 1e-8, CG),
+    (Nystrom(rank=6, damping=0.3), damped(0.3), 1e-9, ()),  # no level has more numbers, but for those that are not read
+    (Nystrom(rank=6, damping=1e-3), damped(1e-3), 1e-8, ()),
     (FirstOrder(), "first_order", 1e-10, ()),
     (FirstOrder(scale=0.3), lambda h, cotangent: 0.3 * cotangent, 1e-10, ()),
+    (Preconditioned(scale=3.0), lambda h, cotangent: 3.0 * RATE * cotangent, 1e-10, {"closed form"}),  # it needs a step
+    (Implicit(inverse=Nystrom(rank=6, damping=0.3), cross=CentralDifference(radius=1e-2)), damped(0.3), 1e-3, ()),
     (Implicit(inverse=Exact(damping=0.3), cross=CentralDifference(radius=1e-2)), damped(0.3), 1e-3, ()),
 ]
 rows = pytest.mark.parametrize(
@@ -88,6 +100,13 @@ def test_a_shipped_method_has_the_properties_it_claims(method, answer, tolerance
 def test_a_converged_neumann_series_is_an_exact_inverse():
     check_method(
         Neumann(terms=50, step_size=1.0), answer="exact", tolerance=1e-7, problems=problems(condition=3), examples=5
+    )
+
+
+def test_a_converged_series_that_chooses_its_step_size_is_an_exact_inverse():
+    method = Neumann(terms=80, step_size="auto")
+    check_method(
+        method, answer="exact", tolerance=1e-7, without={"exact cost"}, problems=problems(condition=3), examples=5
     )
 
 
