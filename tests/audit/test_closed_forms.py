@@ -59,7 +59,7 @@ def test_rows_are_those_of_dense_linear_algebra(problem: ClosedForm):
         "conjugate_gradient {iterations: 10}": torch.linalg.solve,
     }
     for row in level.rows:
-        if row.method.startswith("neumann {terms: 20,"):
+        if row.method.startswith("neumann {terms: 20,") and "auto" not in row.method:
             step = float(row.method.split("step_size: ")[1].rstrip("}"))
             assert step == pytest.approx(alpha, rel=5e-3)
             answers[row.method] = series(20, step)

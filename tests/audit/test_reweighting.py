@@ -95,7 +95,7 @@ def test_every_inverse_is_as_far_off_as_dense_linear_algebra_says(audited, dense
     assert level.row("first_order").cosine_implicit == pytest.approx(
         cosine(dense.cross(dense.cotangent), exact), abs=1e-6
     )
-    told = [row for row in level.rows if row.method.startswith("neumann")]
+    told = [row for row in level.rows if row.method.startswith("neumann") and "auto" not in row.method]
     assert len(told) == 6
     for row in told:
         terms, alpha = (float(part.split(": ")[1]) for part in row.method.rstrip("}").split(", "))
