@@ -175,6 +175,11 @@ class Graph:
         return batches or {}
 
 
+def plan_of(graph: Graph) -> _engine.Plan:
+    """What the engine is given of `graph`."""
+    return graph._plan  # pyright: ignore[reportPrivateUsage]
+
+
 @contextmanager
 def _undisturbed() -> Generator[None]:
     """Torch's global RNG is left as it was found, and nothing is recorded but what the engine records itself."""
