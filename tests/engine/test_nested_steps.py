@@ -234,6 +234,17 @@ def test_the_cost_over_iterations_knows_who_is_due():
     assert tuple(graph.cost(5)) == tuple(total.tolist())
 
 
+@pytest.mark.parametrize(("below", "above"), [(1, 1), (5, 10), (10, 5), (20, 10)])
+def test_what_a_pullback_in_the_middle_costs_has_a_formula(below, above):
+    """As the documents print it: one Hessian product of y contains one more inverse of x."""
+    x, y = Neumann(terms=below, step_size=0.3), Neumann(terms=above, step_size=0.3)
+    reduced, direct = (mlo.Graph(PROBLEM.levels(x, y, nested=nested)) for nested in ("reduced", "direct"))
+    cost = reduced.cost_of_pullback("z", "y")
+    assert cost.gradients + cost.products == above * (2 * below + 7) + 3 * below + 11
+    cost = direct.cost_of_pullback("z", "y")
+    assert cost.gradients + cost.products == above + below + 5
+
+
 # What is refused.
 
 

@@ -67,7 +67,7 @@ def test_a_method_that_refuses_is_asked_in_the_middle_only():
     check_method(Refusing(), answer="first_order", without=others, examples=5)
     with pytest.raises(AssertionError, match="below a level in the middle"):
         check_method(Refusing(says_so=False), answer="first_order", without=others, examples=5)
-    layouts = {name: (("", (2,)),) for name in "au"}
+    layouts = dict.fromkeys("au", (("", (2,)),))
     nest = Nest(ClosedForm(reads={"a": (UPPER,)}, seen=("a",), layouts=layouts))
     with pytest.raises(mlo.GraphError) as caught:
         mlo.Graph(nest.levels(Refusing(), Exact(), 1))
