@@ -22,7 +22,8 @@ MEANING: Mapping[Kind, str] = {
 class Facts:
     """One level: what it owns and minimises, when and how it steps, how it is pulled back; None where it does not.
 
-    - `middle`: of a level that others are subject to and that is subject to others, what it follows.
+    - `middle`, `nested`: of a level that others are subject to and that is subject to others, what it follows, and how that
+      is differentiated.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Facts:
     optimizer: str | None
     method: str | None
     middle: str | None
+    nested: str | None
     start: str | None
     holds: tuple[str, ...]
 
@@ -119,6 +121,7 @@ def _facts(level: LevelSpec, spec: Spec) -> Facts:
         optimizer=None if level.frozen else choice(level.optimizer),
         method=None if level.frozen or not pulled else method(level),
         middle=middle(spec, level.name),
+        nested=level.nested if level.name in _structure.nested(known) else None,
         start=start.name if start is not None else None,
         holds=tuple(" → ".join(path) for path in paths),
     )

@@ -41,6 +41,10 @@ def test_show_says_so_without_the_cost(mlo_command):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     said = "in the middle follows its total gradient through classifier (unroll); differentiated: reduced"
     assert lines.count(said) == sum(line.startswith("in the middle") for line in lines) == 1
+    for form in ("mermaid", "svg"):
+        code, out, err = mlo_command("show", SHIPPED, "--format", form)
+        assert (code, err) == (0, "")
+        assert out.count("total gradient, differentiated: reduced") == 1
 
 
 COMPARES = (
