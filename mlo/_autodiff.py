@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from mlo import _tree
+from mlo._errors import GraphError, Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,19 @@ After = TypeVar("After")
 def inside_transform() -> bool:
     """Whether a `torch.func` transform is active around us."""
     return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage]
+
+
+def is_traced() -> bool:
+    """Whether operations are written down for a compiler, and no number can be looked at."""
+    modes: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.PROXY) is not None
+
+
+def refuse_drawing(level: str) -> None:
+    """Raise if numbers that the method of `level` draws would be the same in every iteration to come."""
+    if is_traced():
+        reason = "it draws random numbers, which compiled steps would hold fixed"
+        raise GraphError([Mistake(level, "hypergradient", reason)])
 
 
 def is_recorded(trees: Iterable[Tree]) -> bool:

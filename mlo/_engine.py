@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform
+from mlo._autodiff import inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._nest import Below, Nest
 from mlo._objective import Record, options_of, partials
@@ -297,7 +297,7 @@ class Iteration:
 
     def refuse_non_finite(self) -> None:
         """One look at all numbers together; who was first is asked only if there is something to ask."""
-        if inside_transform() or not self.numbers:
+        if inside_transform() or is_traced() or not self.numbers:
             return
         numbers = [number for *_, number in self.numbers]
         if any(number.dtype != numbers[0].dtype for number in numbers):
@@ -315,6 +315,11 @@ def position(state: State, name: str) -> Position:
 
 def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
     """One outer iteration: every level that is due takes its steps, in run order."""
+    return taken(plan, state, batches).finish()
+
+
+def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
+    """`step`, before its numbers are looked at."""
     inside = Iteration.of(plan, state, batches)
     due = [name for name, level in plan.levels.items() if is_due(level, inside.number)]
     uppers = [name for name in due if plan.differentiated(name) and name not in plan.nested]
@@ -333,7 +338,7 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
     except Exception:
         inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
         raise
-    return inside.finish()
+    return inside
 
 
 def parts(plan: Plan, upper: str, state: State, batches: Mapping[str, Any]) -> Parts:

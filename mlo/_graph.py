@@ -40,7 +40,7 @@ class Graph:
     meet, a nest that its methods cannot differentiate.
     """
 
-    def __init__(self, levels: Iterable[Level]) -> None:
+    def __init__(self, levels: Iterable[Level], *, compile: bool | str = False) -> None:
         declared = tuple(levels)
         if found := _structure.mistakes(declared, running=False) + unlisted(declared):
             raise GraphError(found)
@@ -58,6 +58,11 @@ class Graph:
             if level.constraints or isinstance(level.variables, nn.Module)
         }
         self._plan = _engine.Plan(self.levels, skeletons)
+        self._compiler = None
+        if compile:
+            from mlo._compiled import Compiler, compiler
+
+            self._compiler = Compiler(self._plan, compiler() if compile is True else compile)
 
     @property
     def network(self) -> nx.DiGraph[str]:
@@ -102,6 +107,8 @@ class Graph:
         turns out to be disconnected.
         """
         with _undisturbed():
+            if self._compiler is not None and not inside_transform():
+                return self._compiler.step(state, self._checked(batches))
             return _engine.step(self._plan, state, self._checked(batches))
 
     def hypergradient(self, name: str, state: State, batches: Mapping[str, Any] | None = None) -> Tree:
@@ -139,6 +146,9 @@ class Graph:
                     mistakes += (mistake for mistake in error.mistakes if mistake not in mistakes)
         if mistakes:
             raise GraphError(mistakes)
+        if self._compiler is not None:
+            with _undisturbed():
+                self._compiler.refuse(state, self._checked(batches))
 
     def cost(self, iterations: int) -> Cost:
         """What the first `iterations` cost; exact for methods of fixed length, and for nests of three levels."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _dense, _random, _tree
-from mlo._autodiff import inside_transform, is_recorded, linearise
+from mlo._autodiff import inside_transform, is_recorded, is_traced, linearise, refuse_drawing
 from mlo._objective import options_of
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
@@ -151,6 +151,7 @@ class Linearisation(AbstractLinearisation):
 
     def normal(self, index: int) -> Tree:
         """See `AbstractLinearisation`."""
+        refuse_drawing(self._level.name)
         drawn = [
             _random.normal(tensor, self._record.seed, "normal", index, name)
             for name, tensor in _tree.named(self.variables).items()
@@ -171,7 +172,7 @@ class Linearisation(AbstractLinearisation):
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
         self._looks += 1
-        if inside_transform() or (flag.is_cuda and self._looks % LOOK_EVERY):
+        if inside_transform() or is_traced() or (flag.is_cuda and self._looks % LOOK_EVERY):
             return False
         return not bool(flag)
 

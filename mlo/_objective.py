@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import gradients, inside_transform
-from mlo._errors import UserError, nearest
+from mlo._autodiff import gradients, inside_transform, is_traced
+from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import reduced_trees
 from mlo._structure import reads
@@ -79,6 +79,9 @@ class Values(Mapping[str, Any]):
     @property
     def iteration(self) -> int:
         """The number of the iteration, counted from 1: what an objective that changes with time depends on."""
+        if is_traced():
+            reason = "it reads `values.iteration`, which compiled steps would hold fixed"
+            raise GraphError([Mistake(self._reader, "objective", reason)])
         return self._record.iteration
 
     def __getitem__(self, name: str) -> Any:

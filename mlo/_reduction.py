@@ -54,5 +54,13 @@ def refuse_nesting(level: str) -> None:
         raise UserError(f"level '{level}' cannot be in the middle of a nest under several processes: {reason}")
 
 
+def refuse_compiling() -> None:
+    """Raise if an iteration that is compiled would have to be reduced over processes."""
+    if _several():
+        raise UserError(
+            "compile: an iteration under several processes is not one graph: it is reduced between its parts"
+        )
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import is_recorded, linearise
+from mlo._autodiff import is_recorded, linearise, refuse_drawing
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import refuse_recording
@@ -83,6 +83,7 @@ class Response(AbstractResponse):
         if count is None or count >= numbers:
             return units(reads)
         like = _tree.leaves(next(iter(reads.values())))[0]
+        refuse_drawing(self.level.name)
         drawn = _random.normal(like.new_empty(numbers, count), self.rest[0].seed, "directions")
         found: list[Upstream] = []
         for column in torch.linalg.qr(drawn)[0].unbind(1):

@@ -16,6 +16,16 @@ def is_zero(option: Any) -> bool:
     return isinstance(option, (int, float)) and option == 0
 
 
+def is_one(option: Any) -> bool:
+    """Whether `option` is the number 1, and multiplying by it can be left out."""
+    return isinstance(option, (int, float)) and option == 1
+
+
+def fitted(option: Setting, tensor: Tensor) -> Setting:
+    """`option` in the type of `tensor` where both are zero-dimensional, for there the wider type would win."""
+    return option if isinstance(option, (int, float)) or option.dim() or tensor.dim() else option.to(tensor.dtype)
+
+
 def add(tensor: Tensor, other: Tensor, *, scale: Setting) -> Tensor:
     """tensor + scale · other."""
     return tensor.add(other, alpha=scale) if isinstance(scale, (int, float)) else tensor + scale * other

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlo import _tree
 from mlo.optimizer._abstract import OptimizerState
-from mlo.optimizer._arithmetic import add_product, add_quotient, mixed
+from mlo.optimizer._arithmetic import add_product, add_quotient, fitted, mixed
 from mlo.optimizer._root import root
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def adaptive_step(
     spread = (1 - beta2**count) ** 0.5
 
     def move(parameter: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        return add_quotient(parameter, m, root(v) / spread + epsilon, scale=-size)
+        return add_quotient(parameter, m, root(v) / fitted(spread, v) + epsilon, scale=-fitted(size, parameter))
 
     updated = _tree.apply(move, parameters, first, second)
     return updated, OptimizerState(count=count, moments={"first": first, "second": second})

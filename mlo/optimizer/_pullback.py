@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mlo import _tree
 from mlo.optimizer._abstract import AbstractOptimizer, OptimizerState, plain
 from mlo.optimizer._apply import at
+from mlo.optimizer._arithmetic import is_one, is_zero
 from mlo.optimizer._read import options_read
 from mlo.optimizer._sgd import SGD
 
@@ -40,6 +41,6 @@ def pulled_back(
         velocity = _tree.add(moments["momentum"], velocity) if "momentum" in moments else velocity
         before = {"momentum": _tree.scale(velocity, by=momentum)}
         weight = 1.0 if state.count == 0 else 1.0 - plain(now.dampening)
-        reached = velocity if weight == 1.0 else _tree.scale(velocity, by=weight)
+        reached = velocity if is_one(weight) else _tree.scale(velocity, by=weight)
         direction = _tree.add(direction, reached) if now.nesterov else reached
-    return direction, before, _tree.add(cotangent, direction, scale=decay) if decay else cotangent, {}
+    return direction, before, _tree.add(cotangent, direction, scale=decay) if not is_zero(decay) else cotangent, {}
