@@ -1,13 +1,13 @@
 """Whole iterations as one graph of operations, traced once for each kind of iteration and handed to `torch.compile`.
 
-`torch.compile` of `Graph.step` itself breaks wherever Python holds something back: pullbacks that outlive their function, the
-look at numbers that may not be finite. So an iteration is first traced with `make_fx`, reverse passes and all, on tensors
-that have a shape and no numbers: what would have to look at a number cannot be traced, and is refused by name.
+`torch.compile` of `Graph.step` itself breaks wherever Python holds something back: pullbacks that outlive their function,
+the look at numbers that may not be finite. So an iteration is first traced with `make_fx`, reverse passes and all, on
+tensors that have a shape and no numbers: what would have to look at a number cannot be traced, and is refused by name.
 
 A trace holds fixed whatever is no tensor. What changes from one iteration to the next is therefore either
 
 - a tensor that is handed in: variables, buffers, moments, memory, batches, and the numbers of schedules and counts;
-- or part of the kind of the iteration, of which each is traced by itself: the levels that are due, shapes, numbers in batches;
+- or part of the kind of the iteration, of which each is traced by itself: levels that are due, shapes, numbers in batches;
 - or refused: draws inside objectives, objectives that read the number of the iteration.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+from torch.fx.graph import CodeGen
 
 from mlo._engine import Iteration, Plan, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._level import Level
-    from mlo._types import Tree
     from mlo.optimizer import AbstractOptimizer
 
 KINDS = 16
@@ -98,8 +98,10 @@ class Compiler:
     """
 
     def __init__(self, plan: Plan, backend: str) -> None:
-        self._plan, self._backend = plan, backend
+        self._plan, self.backend = plan, backend
         self._programs: dict[Hashable, Program] = {}
+        self._traces: dict[Hashable, tuple[torch.fx.GraphModule, Program]] = {}
+        """What was traced to see whether it can be, and is not yet compiled."""
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
         """`mlo._engine.step`, equal to it up to rounding.
@@ -115,8 +117,7 @@ class Compiler:
         kind = (due, form)
         program = self._programs.get(kind)
         if program is None:
-            program = self._made(state, form, tensors)
-            self._programs[kind] = program
+            program = self._programs[kind] = self._made(kind, state, tensors)
         with torch.no_grad():
             found = program(tensors, state.iteration + 1)
         return _put_together(state, found, program.shown)
@@ -131,23 +132,25 @@ class Compiler:
     def _refuse(self, plan: Plan, state: State, batches: Mapping[str, Any]) -> None:
         """As the iteration of `state` will be traced once its levels have moved."""
         form, tensors = _taken_apart(plan, state, batches)
-        _traced(plan, state, form, tensors)
+        kind = (_due(plan, state), form)
+        if kind not in self._programs and kind not in self._traces:
+            self._traces[kind] = _traced(plan, state, form, tensors)
 
     def _has_moved(self, name: str, state: State) -> bool:
         return state.optimizers[name].count > 0 and (
             not self._plan.differentiated(name) or (name, name) in state.memory
         )
 
-    def _made(self, state: State, form: Form, tensors: list[Tensor]) -> Program:
+    def _made(self, kind: tuple[tuple[str, ...], Form], state: State, tensors: list[Tensor]) -> Program:
         if len(self._programs) == KINDS:
             raise UserError(
                 f"compile: {KINDS} kinds of iterations are compiled, and this is another one: batches must have few shapes, "
                 "and hold what changes in tensors"
             )
-        module, program = _traced(self._plan, state, form, tensors)
-        if self._backend == EAGER:
+        module, program = self._traces.pop(kind, None) or _traced(self._plan, state, kind[1], tensors)
+        if self.backend == EAGER:
             return program
-        compiled: Any = torch.compile(module, backend=self._backend, dynamic=False, fullgraph=True)
+        compiled: Any = torch.compile(module, backend=self.backend, dynamic=False, fullgraph=True)
         return replace(program, run=_first_run_watched(compiled))
 
 
@@ -396,7 +399,7 @@ def _pruned(module: torch.fx.GraphModule) -> tuple[int, ...]:
     kept: dict[Any, int] = {}
     places = [-1 - inputs[node] if node in inputs else kept.setdefault(node, len(kept)) for node in results]
     end.args = ((*kept, whole, each),)
-    module.graph.set_codegen(torch.fx.graph.CodeGen())  # inputs one by one, not as a tree
+    module.graph.set_codegen(CodeGen())  # inputs one by one, not as a tree
     module.recompile()
     return tuple(places)
 

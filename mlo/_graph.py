@@ -11,6 +11,7 @@ from torch import nn
 
 from mlo import _engine, _random, _reading, _structure, _tree
 from mlo._autodiff import inside_transform
+from mlo._compiled import Compiler, compiler
 from mlo._constraint import Constraints
 from mlo._cost import Cost, of_pullback, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest
@@ -35,7 +36,17 @@ class Graph:
         state = graph.init(seed=0)
         state, metrics = graph.step(state, batches)
 
-    The order in which levels are listed changes nothing. Raises `GraphError`, with every mistake, if the levels do not
+    The order in which levels are listed changes nothing.
+
+    With `compile=True`, `step` takes whole iterations through `torch.compile`: the same numbers up to rounding, after a
+    minute or so at the second step, and again for every other set of levels that are due and every other shape of batches.
+    The first iteration of a level is taken without. Where torch finds no C++ compiler, and with `compile="eager"`, the
+    traced operations are run one by one; any other name is that of a backend of `torch.compile`. What a trace would hold
+    fixed is refused at the first step and by `probe`, with the reason: objectives and methods that draw random numbers,
+    objectives that read `values.iteration` or take a number out of a tensor, several processes. What an objective reads
+    besides its values and its batch must not change. Methods that stop early run to their full length.
+
+    Raises `GraphError`, with every mistake, if the levels do not
     form a graph: an unknown name, a cycle, a response that does not depend on the level above it, due times that do not
     meet, a nest that its methods cannot differentiate.
     """
@@ -58,11 +69,12 @@ class Graph:
             if level.constraints or isinstance(level.variables, nn.Module)
         }
         self._plan = _engine.Plan(self.levels, skeletons)
-        self._compiler = None
-        if compile:
-            from mlo._compiled import Compiler, compiler
+        self._compiler = Compiler(self._plan, compiler() if compile is True else compile) if compile else None
 
-            self._compiler = Compiler(self._plan, compiler() if compile is True else compile)
+    @property
+    def compiles_with(self) -> str | None:
+        """The backend of `torch.compile`; `eager` where there is no C++ compiler; None where steps are not compiled."""
+        return self._compiler and self._compiler.backend
 
     @property
     def network(self) -> nx.DiGraph[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mlo import _random, _structure
+from mlo._compiled import EAGER, NO_COMPILER
 from mlo._errors import GraphError
 from mlo._graph import Graph, free, misfits, numbers_of, objections, unfit
 from mlo._level import Level
@@ -87,7 +88,7 @@ def assemble(spec: Spec) -> Assembly:
             here = ("levels", name, "optimizer", chosen.name if chosen else "")
             faults.append(Fault((*here, *path), f"{message}."))
     spec.fail(faults)
-    graph = Graph(level for level in levels if level is not None)
+    graph = Graph((level for level in levels if level is not None), compile=spec.compile)
     remembering = [name for name, stream in streams.items() if isinstance(stream, Iterated)]
     used = {name for level in spec.levels.values() for name in _stream_names(level)}
     notices = tuple(
@@ -95,6 +96,8 @@ def assemble(spec: Spec) -> Assembly:
         for name in remembering
         if name in used
     )
+    if graph.compiles_with == EAGER:
+        notices += (NO_COMPILER,)
     return Assembly(
         spec=spec,
         graph=graph,

@@ -31,6 +31,8 @@ def to_yaml(spec: Spec) -> str:
 def spec_hash(spec: Spec) -> str:
     """See `Spec.hash`."""
     content = {key: value for key, value in _written(spec).items() if key not in _NOT_NUMBERS}
+    if not content["compile"]:
+        del content["compile"]  # as before there was such a key
     content["levels"] = {
         name: {key: _folded(getattr(spec.levels[name], key), value) for key, value in level.items()}
         for name, level in content["levels"].items()

@@ -106,6 +106,8 @@ class Spec(BaseModel):
       autocast.
     - `threads`: CPU threads of one operation; default, torch's own choice. Small networks are often fastest with one, and
       one makes the numbers independent of how many cores a machine has.
+    - `compile`: whole iterations by `torch.compile`: the same numbers up to rounding, after a minute or more at the start.
+      What cannot be compiled is refused before the first step.
     """
 
     model_config = CONFIG
@@ -128,6 +130,7 @@ class Spec(BaseModel):
     ] = "cpu"
     dtype: Annotated[Literal["float32", "float64", "bfloat16"], Form("float32, float64 or bfloat16")] = "float32"
     threads: Annotated[int | None, Field(ge=1), Form("a whole number of at least 1")] = None
+    compile: Annotated[bool, Form("true or false")] = False
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
