@@ -47,7 +47,6 @@ EAGER = "eager"
 NO_COMPILER = "compile: torch finds no C++ compiler here: steps are traced, and their operations run one by one"
 
 
-@functools.cache
 def compiler() -> str:
     """The backend of `torch.compile`: inductor, or eager where there is no C++ compiler for it."""
     from torch._inductor.cpp_builder import get_cpp_compiler

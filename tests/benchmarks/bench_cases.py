@@ -55,6 +55,18 @@ def case_a(table, name, method, hand, options, goal, tolerance):
     table.append(row(f"A, {name}", times(hand_run, own_run), goal))
 
 
+@pytest.mark.parametrize(("name", "method", "hand", "options", "tolerance"), [(*c[:4], c[5]) for c in CASE_A])
+def case_a_compiled(table, name, method, hand, options, tolerance):
+    """Compiled once before anything is timed."""
+    problem = problems.reweighting()
+    hand_run, own_run = sides(problem, method, hand, 1, *options, tolerance=tolerance)
+    graph = problem.graph(method, 1, compile=True)
+    state, _ = graph.step(graph.init())
+    graph.step(state)
+    table.append(row(f"A, {name}, compiled", times(hand_run, lambda: graph.step(state)), 0.7))
+    table.append(row(f"A, {name}, compiled beside not compiled", times(own_run, lambda: graph.step(state)), None))
+
+
 CASE_B = {"direct": Unroll(replay=False), "replayed": Unroll(replay=True), "checkpoints": Unroll(checkpoint="sqrt")}
 
 

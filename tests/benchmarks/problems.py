@@ -30,7 +30,7 @@ class Problem:
     u: Any
     tensors: tuple[Tensors, Tensors]
 
-    def graph(self, method: Any, steps: int, optimizer: Any = None) -> mlo.Graph:
+    def graph(self, method: Any, steps: int, *, compile: bool = False) -> mlo.Graph:
         sgd = mlo.optimizer.SGD(learning_rate=RATE, momentum=DECAY)
         levels = [
             mlo.Level("w", objective=self.lower, variables=self.w, given=("u",), optimizer=sgd, steps=steps,
@@ -38,7 +38,7 @@ class Problem:
             mlo.Level("u", objective=self.upper, variables=self.u, subject_to=("w",),
                       optimizer=mlo.optimizer.Adam(learning_rate=UPPER_RATE)),
         ]  # fmt: skip
-        return mlo.Graph(levels)
+        return mlo.Graph(levels, compile=compile)
 
 
 def digits(rows: slice) -> tuple[Tensor, Tensor]:

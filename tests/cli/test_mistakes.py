@@ -70,6 +70,7 @@ CHANGED = [
     ("iterations: 10", "iterations: 10\ndtype: float16", "3:8: dtype: expected float32"),
     ("iterations: 10", "iterations: 10\ndevice: tpu", "3:9: device: expected a device, such as cpu, cuda or cuda:1, got 'tpu'."),
     ("iterations: 10", "iterations: 10\nthreads: 0", "3:10: threads: expected a whole number of at least 1, got 0."),
+    ("iterations: 10", "iterations: 10\ncompile: 1", "3:10: compile: expected true or false, got 1."),
     ("iterations: 10", "iterations: 10\ncheckpoint: {evry: 3}", "3:14: checkpoint.evry: unknown key. Did you mean 'every'?"),
     ("iterations: 10", "iterations: 10\nextends: gone.yaml", "3:10: extends: no graph 'gone.yaml'."),
     ("iterations: 10", "iterations: 10\nextends: graph.yaml", "3:10: extends: graphs extend each other in a cycle: "),

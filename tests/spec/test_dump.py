@@ -47,11 +47,13 @@ SAME = [
     "checkpoint=null",
     "levels.weights.optimizer.sgd.momentum=0.50",
     "data.size=4.0",
+    "compile=false",
 ]
 OTHER = [
     "seed=1", "iterations=11", "data.size=5", "dtype=float64", "device=cuda", "evaluation.select=null", "levels.weights.steps=2",
     "levels.weights.batch=[train]", "levels.weights.optimizer.sgd.momentum=0", "start.penalty=null", "start.weights.with.seed=3",
     "levels.weights.freeze=head", "levels.penalty.lookahead=true", "levels.weights.hypergradient=unroll",
+    "compile=true",
 ]  # fmt: skip
 
 
