@@ -35,14 +35,14 @@ from mlo.hypergradient import (
 from mlo.optimizer import SGD, Adam, AdamW, Read, RMSprop
 from mlo.schedule import Cosine, MultiStep, WarmUp
 
-ITERATIONS = 4
+ITERATIONS = 3
 UNROLL = Unroll()
 
 
 def weighted(method: Any = UNROLL, *, lower: Any = None, upper: Any = None, **changes: Any) -> list[mlo.Level]:
     """A small network with batch statistics, above it a weight for each class; what is measured is compared, too."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 2, bias=False))
 
     def fit(values: Any, batch: Any) -> Any:
         x, y = batch["x"], batch["y"]
@@ -306,7 +306,7 @@ def test_a_state_taken_up_again_goes_on_bit_for_bit():
     states = [graph.init()]
     for iteration in range(1, 6):
         states.append(graph.step(states[-1], batches_of(iteration))[0])
-    for begin in (1, 2, 3):
+    for begin in (1, 3):
         again, state = mlo.Graph(weighted(every=2), compile="eager"), states[begin]
         for iteration in range(begin + 1, 6):
             state, _ = again.step(state, batches_of(iteration))
