@@ -34,7 +34,7 @@ def test_the_jacobian_in_the_middle_suits_the_settings_of_every_method(problem):
     _, (jacobian, _) = nest._total_gradient(nest.solved(), torch.linalg.solve)
     assert (jacobian - jacobian.T).norm() < 1e-14
     eigenvalues = torch.linalg.eigvalsh(jacobian)
-    assert 0.5 <= eigenvalues.min()
+    assert eigenvalues.min() >= 0.5
     assert eigenvalues.max() <= 1
 
 
