@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import nn
 
 from mlo import _structure
+from mlo._reduction import current_group
 from mlo.hypergradient import Cost as Passes
 
 if TYPE_CHECKING:
@@ -101,9 +102,11 @@ class _Prediction:
     def pullback(self, name: str, live: set[str]) -> Passes:
         """One pullback of level `name` to the levels in `live`."""
         level = self.plan.levels[name]
-        cost = level.hypergradient.cost(level.steps, size(level.variables))
+        numbers = size(level.variables)
+        cost = level.hypergradient.cost(level.steps, numbers)
         if name not in self.plan.nested:
-            return cost
+            again = 0 if current_group() is None else level.hypergradient.tape(level.steps, numbers).recorded
+            return Passes(cost.gradients + again, cost.products)
         compared = min(2, cost.gradients) if _nesting(level).compares else 0
         towards = set(self.plan.depends_on(name)) & live
         plain = self.gradient(name, towards)

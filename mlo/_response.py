@@ -14,9 +14,10 @@ from mlo import _tree
 from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record
-from mlo._reduction import refuse_recording
+from mlo._reduction import current_group
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
+from mlo.hypergradient._unroll import replayed
 from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Response(AbstractResponse):
     """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
+    `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
     """
 
     level: Level
@@ -62,7 +64,9 @@ class Response(AbstractResponse):
 
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
-        assert self.pull is not None, "no step was recorded"
+        assert self.recorded, "no step was recorded"
+        if self.pull is None:
+            return replayed(self.kept[-self.recorded :], cotangent)
         self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
@@ -87,6 +91,9 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     recording = is_recorded(around.values.values())
     pulled = recording or around.live
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
+    replaced = 0
+    if current_group() is not None:  # a recorded step would have to be differentiated through its reduction
+        replaced, tape = min(steps, tape.recorded), Tape(0, max(tape))
     begun = steps - min(steps, tape.recorded)
     position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
     kept: deque[Step] = deque(maxlen=max(1, tape.kept))
@@ -99,9 +106,8 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
             kept.append(last)
             losses.append(loss)
             aftermaths.append(aftermath)
-    response = Response(level, position, tuple(losses), tuple(aftermaths), around, tuple(kept), rest)
+    response = Response(level, position, tuple(losses), tuple(aftermaths), around, tuple(kept), rest, replaced)
     if begun < steps:
-        refuse_recording(level.name)
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
 

@@ -13,7 +13,7 @@ from mlo import _tree
 from mlo._autodiff import is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
 from mlo._objective import Aftermath, Record, evaluate, partials
-from mlo._reduction import refuse_recording
+from mlo._reduction import reduced_trees
 from mlo.hypergradient import AbstractStep
 from mlo.optimizer import OptimizerState, updated
 
@@ -116,39 +116,50 @@ class Step(AbstractStep):
         return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
 
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
-        """See `AbstractStep`."""
+        """See `AbstractStep`. The update is pulled back by itself, at the gradient it was given; then that gradient is.
+
+        The update is the same in every process, and only the gradient's pullback is reduced.
+        """
         level, around, optimizer = self.level, self.around, self.level.optimizer
         assert optimizer is not None
-        refuse_recording(level.name)
         around.tally.gradients += 1
         around.tally.products += 1
         buffers = {**around.buffers, level.name: self.at.buffers}
-        before = self.at.optimizer.moments
+        before = self.at.optimizer
 
-        def step(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
-            own = moving[level.name]
-            values = {**around.values, **{name: moving[name] for name in around.live}}
-            found, _, _ = followed(level, around, values, own, buffers, self.record)
-            state = OptimizerState(self.at.optimizer.count, {key: moving[_MOMENT + key] for key in before})
-            after, remembered = updated(optimizer, self.record.iteration, connected(level, found), state, own)
-            return joined({"": after, **remembered.moments}), ()
+        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            values = {**around.values, **moving}
+            found, _, _ = followed(level, around, values, moving[level.name], buffers, self.record)
+            return connected(level, found), ()
+
+        def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
+            state = OptimizerState(before.count, {key: moving[_MOMENT + key] for key in before.moments})
+            after, kept = updated(optimizer, self.record.iteration, moving[_GRADIENT], state, moving[level.name])
+            return joined({"": after, **kept.moments}), ()
 
         live = {name: around.values[name] for name in around.live}
-        stood = {_MOMENT + key: moment for key, moment in before.items()}
-        result, _, pull = linearise(step, {level.name: self.start, **stood, **live})
-        given = joined({"": cotangent, **moments})
-        weights = {key: given.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
-        found = pull(weights, (level.name, *stood, *live))
-        own = found.get(level.name)
+        again = is_recorded((self.start, *around.values.values()))
+        evaluated, _, pull_gradient = linearise(gradient, {level.name: self.start, **live})
+        stood = {_MOMENT + key: moment for key, moment in before.moments.items()}
+        given = evaluated if again else self.gradient
+        result, _, pull = linearise(update, {_GRADIENT: given, level.name: self.start, **stood})
+        weights = joined({"": cotangent, **moments})
+        weights = {key: weights.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
+        pulled = pull(weights, (_GRADIENT, level.name, *stood))
+        found: Upstream = {}
+        if _GRADIENT in pulled:
+            found = pull_gradient(pulled[_GRADIENT], (level.name, *live))
+            found, _ = reduced_trees(found, self.record.batch, level.name)
+        own = [each[level.name] for each in (pulled, found) if level.name in each]
         return (
-            _tree.zeros(self.start) if own is None else own,
-            {key: found[_MOMENT + key] for key in before if _MOMENT + key in found},
+            _tree.total(own) if own else _tree.zeros(self.start),
+            {key: pulled[_MOMENT + key] for key in before.moments if _MOMENT + key in pulled},
             {name: found[name] for name in live if name in found},
         )
 
 
-_MOMENT = ":"
-"""Before the name of a moment: level names are identifiers."""
+_MOMENT, _GRADIENT = ":", "."
+"""Before the name of a moment, and for the gradient: level names are identifiers."""
 
 
 def joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
