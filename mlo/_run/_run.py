@@ -18,11 +18,13 @@ from mlo._run import _checkpoint, _generators
 from mlo._run._batches import Source
 from mlo._run._evaluate import Selection, try_evaluation
 from mlo._run._files import LOCK, Refused, remove_parts, run_folder, write_atomically, write_json
+from mlo._run._follow import follow
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import alone
 from mlo._run._log import METRICS, cut_metrics
 from mlo._run._loop import Loop
 from mlo._run._open import Run, open_run
+from mlo._run._processes import Processes, together
 from mlo._run._progress import progress_line
 from mlo._run._record import RunRecord, place_of, versions
 from mlo._run._resumable import fitting, unlike
@@ -46,6 +48,8 @@ def run(
 ) -> Run:
     """Run `spec` from its first iteration to its last, in the new run folder `out`.
 
+    Under torchrun all processes call this; each computes a part of every batch, and the first one keeps the run.
+
     - `out`: default `runs/<name>-<seed>-<time>`; one that is not empty is refused.
     - `cache`: where the runs that levels start from are kept.
 
@@ -54,22 +58,28 @@ def run(
     checkpoint; `resume` goes on from there.
     """
     began = time.monotonic()
-    folder = Path(out) if out is not None else default_folder(spec)
     kept = Path(cache).absolute()
-    with session(spec.seed, spec.threads), accounted(folder, kept):
-        assembly = assemble(spec)
-        with alone(run_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
-            record = RunRecord(
-                spec_hash=spec.hash,
-                imports={module: place_of(module) for module in spec.imports},
-                threads=torch.get_num_threads(),
-                cache=str(kept),
-                versions=versions(),
-            )
-            record.write(folder)
-            write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
-            life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began)
-            return life.from_the_start()
+    with together(spec.device) as processes:
+        if not processes.first:
+            return open_run(follow(spec, processes))
+        folder = Path(out) if out is not None else default_folder(spec)
+        with session(spec.seed, spec.threads), accounted(folder, kept):
+            assembly = assemble(spec)
+            with alone(run_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
+                record = RunRecord(
+                    spec_hash=spec.hash,
+                    imports={module: place_of(module) for module in spec.imports},
+                    threads=torch.get_num_threads(),
+                    cache=str(kept),
+                    versions=versions(),
+                    processes=processes.size,
+                )
+                record.write(folder)
+                write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
+                life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began, processes)
+                found = life.from_the_start()
+        processes.tell(do="end", folder=str(folder))
+        return found
 
 
 def resume(
@@ -85,18 +95,26 @@ def resume(
     Raises `UserError` if there is no run, if another process is running it, or if its checkpoint is damaged or belongs to
     another specification; and what `run` raises.
     """
-    folder, shown = Path(folder), _console(console, quiet)
-    found = open_run(folder)
+    folder, found = Path(folder), open_run(folder)
+    began = time.monotonic()
+    spec = found.spec if device is None or found.finished else found.spec.replaced(f"device={device}")
+    with together(spec.device) as processes:
+        if not processes.first:
+            return open_run(follow(spec, processes))
+        found = _resumed(found, spec, processes, _console(console, quiet), began)
+        processes.tell(do="end", folder=str(folder))
+        return found
+
+
+def _resumed(found: Run, spec: Spec, processes: Processes, shown: Console, began: float) -> Run:
+    """`resume` in the first process; `spec` may name another device than that of `found`."""
+    folder = found.folder
     if found.finished:
         progress_line(shown)(f"finished: {folder}")
         return found
     record = RunRecord.read(folder)
-    spec = found.spec
-    if spec.hash != record.spec_hash:
+    if found.spec.hash != record.spec_hash:
         raise Refused(f"{folder / 'spec.yaml'}: it, or a graph that it starts from, has changed since the run began")
-    began = time.monotonic()
-    if device is not None:
-        spec = spec.replaced(f"device={device}")
     cache = Path(record.cache)
     with (
         session(spec.seed, spec.threads or record.threads),
@@ -105,7 +123,7 @@ def resume(
     ):
         if (folder / "summary.json").is_file():
             return found
-        life = _Life(folder, assemble(spec), record.spec_hash, cache, shown, began)
+        life = _Life(folder, assemble(spec), record.spec_hash, cache, shown, began, processes)
         return life.from_checkpoint(record)
 
 
@@ -125,6 +143,7 @@ class _Life:
     cache: Path
     console: Console
     began: float
+    processes: Processes
 
     def from_the_start(self) -> Run:
         """From the first iteration; what an earlier life has left is removed."""
@@ -137,6 +156,7 @@ class _Life:
             say(f"notice: {notice}")
         starts = start_runs(spec, self.cache, self._run_start, say)
         state = graph.init(values=start_values(starts), seed=spec.seed)
+        self.processes.lead("probe", state)
         graph.probe(state, self._source.all_batches(graph.levels, 1))
         try_evaluation(self.assembly, state)
         selection = Selection(spec.evaluation and spec.evaluation.select)
@@ -162,7 +182,7 @@ class _Life:
             _checkpoint.write_record(kept, "selected", selected)
         _checkpoint.remove_all_but(kept, latest, selected)
         say(f"resumed from iteration {iteration}: {self.folder}")
-        reasons = list(unlike(self.assembly, record, open_run(self.folder).spec.device))
+        reasons = list(unlike(self.assembly, record, open_run(self.folder).spec.device, self.processes.size))
         for reason in reasons:
             say(f"notice: {reason}")
         now = {"iteration": iteration, "device": spec.device, "exact": not reasons, "versions": versions()}
@@ -174,16 +194,11 @@ class _Life:
 
     @property
     def _source(self) -> Source:
-        spec = self.assembly.spec
-        return Source(
-            streams=self.assembly.streams,
-            names=self.assembly.batches,
-            seed=spec.seed,
-            device=torch.device(spec.device),
-        )
+        return Source.of(self.assembly, self.processes)
 
     def _go_on(self, standing: Standing, selected: _checkpoint.Record | None, began: float) -> Run:
-        with stoppable() as stop:
+        self.processes.lead("iterate", standing.state)
+        with stoppable(patient=self.processes.size > 1) as stop:
             loop = Loop(
                 assembly=self.assembly,
                 folder=self.folder,
@@ -193,6 +208,7 @@ class _Life:
                 stop=stop,
                 began=began,
                 standing=standing,
+                processes=self.processes,
                 selected=selected,
             )
             verdict = loop.run()
@@ -207,6 +223,7 @@ class _Life:
             starts=start_folders(self.assembly.spec, self.cache),
             negative_curvature=loop.standing.negative_curvature(),
             seconds=time.monotonic() - began,
+            processes=self.processes.size,
         )
         write_json(self.folder / "summary.json", summary)
         selection = loop.standing.selection
@@ -216,6 +233,8 @@ class _Life:
 
     def _run_start(self, start: Spec, inside: Path) -> Any:
         """Run a graph that levels start from, or go on with it."""
+        level = next(level for level, each in self.assembly.spec.starts.items() if each.hash == start.hash)
+        self.processes.tell(do="start", level=level)
         if (inside / "spec.yaml").is_file():
             with suppress(Refused):
                 return resume(inside, console=self.console)

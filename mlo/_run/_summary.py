@@ -32,6 +32,7 @@ def summarise(
     starts: Mapping[str, str],
     negative_curvature: Mapping[str, Any],
     seconds: float,
+    processes: int,
 ) -> dict[str, Any]:
     """Everything worth keeping about a finished run, as JSON holds it."""
     spec = assembly.spec
@@ -53,6 +54,7 @@ def summarise(
         "spec_hash": spec_hash,
         "versions": versions(),
         "git_commit": git_commit(),
+        "processes": processes,
         "seconds": round(seconds, 3),
     }
 
