@@ -43,6 +43,7 @@ def follow(spec: Spec, processes: Processes) -> Path:
                 case "fail":
                     raise StoppedElsewhere(order["what"], order["code"])
                 case _:
+                    processes.agree(Word.GO_ON)
                     return Path(order["folder"])
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 from math import gcd
-from typing import TYPE_CHECKING, Any, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 import torch.distributed as distributed
@@ -30,6 +31,7 @@ from mlo.optimizer import OptimizerState
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 _PATIENCE = 10.0
 """Seconds for which a process that fails waits for the first one to fail alike, and to say so for all."""
 
@@ -70,9 +72,18 @@ class Processes:
         assert self.store is not None
         key = f"order/{self._orders}"
         self._orders += 1
-        while not self._appears(key, seconds=1.0):
-            pass
-        return pickle.loads(self.store.get(key))
+
+        def hear() -> bytes:
+            while not self._appears(key, seconds=1.0):
+                pass
+            return self.store.get(key)
+
+        return pickle.loads(_with_others(hear))
+
+    def part_ways(self, folder: Path) -> None:
+        """The first process, when the run in `folder` has ended well: the others may go, and have heard so."""
+        self.tell(do="end", folder=str(folder))
+        self.agree(Word.GO_ON)
 
     def lead(self, do: str, state: State) -> None:
         """The first process: begin something that all do together, from `state` and from its random generators."""
@@ -99,7 +110,7 @@ class Processes:
         if self.store is None:
             return word
         said = torch.tensor(word, device=self.device)
-        _collective(lambda: distributed.all_reduce(said, distributed.ReduceOp.MAX))
+        _with_others(lambda: distributed.all_reduce(said, distributed.ReduceOp.MAX))
         return Word(int(said))
 
     def compare(self, state: State) -> None:
@@ -111,7 +122,7 @@ class Processes:
         }
         found = torch.tensor([_digest(tree) for tree in parts.values()], device=self.device)
         ends = torch.stack([found, -found])
-        _collective(lambda: distributed.all_reduce(ends, distributed.ReduceOp.MAX))
+        _with_others(lambda: distributed.all_reduce(ends, distributed.ReduceOp.MAX))
         for name, most, least in zip(parts, ends[0].tolist(), (-ends[1]).tolist(), strict=True):
             if most != least:
                 raise UserError(
@@ -159,6 +170,7 @@ class Processes:
                 self.tell(do="fail", what=text.splitlines()[0], code=code)
                 store.set("over", text)
                 said = isinstance(error, StoppedElsewhere) and store.check(["speaking"])
+                time.sleep(0.5)  # the store may be in this process: the others have heard it by then
             elif isinstance(error, StoppedElsewhere):
                 said = True
             else:
@@ -183,7 +195,7 @@ class Processes:
         flat = _tensors.flat(_trees(state))
         sent = {path: tensor.contiguous().clone() for path, tensor in flat.items() if tensor is not None}
         for tensor in sent.values():
-            _collective(lambda tensor=tensor: distributed.broadcast(tensor, 0))
+            _with_others(lambda tensor=tensor: distributed.broadcast(tensor, 0))
         return _tensors.nested(sent, flat)
 
 
@@ -257,9 +269,9 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def _collective(act: Callable[[], object]) -> None:
+def _with_others(act: Callable[[], T]) -> T:
     try:
-        act()
+        return act()
     except RuntimeError as error:
         raise StoppedElsewhere(str(error).splitlines()[0]) from error
 

@@ -78,7 +78,7 @@ def run(
                 write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
                 life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began, processes)
                 found = life.from_the_start()
-        processes.tell(do="end", folder=str(folder))
+        processes.part_ways(folder)
         return found
 
 
@@ -102,7 +102,7 @@ def resume(
         if not processes.first:
             return open_run(follow(spec, processes))
         found = _resumed(found, spec, processes, _console(console, quiet), began)
-        processes.tell(do="end", folder=str(folder))
+        processes.part_ways(folder)
         return found
 
 
