@@ -169,12 +169,11 @@ class Processes:
                 code = 130 if shown is None else getattr(error, "exit_code", 1)
                 self.tell(do="fail", what=text.splitlines()[0], code=code)
                 store.set("over", text)
-                said = isinstance(error, StoppedElsewhere) and store.check(["speaking"])
+                said = False
                 time.sleep(0.5)  # the store may be in this process: the others have heard it by then
             elif isinstance(error, StoppedElsewhere):
                 said = True
             else:
-                store.set("speaking", text)
                 said = self._appears("over", seconds=_PATIENCE) and (
                     shown is None or store.get("over").decode() == text
                 )

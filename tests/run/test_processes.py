@@ -171,10 +171,6 @@ def alone(folder: Path, *overrides: str, out: str = "one") -> None:
     assert done.returncode == 0, done.stderr
 
 
-def opened(folder: Path) -> mlo.Run:
-    return mlo.open_run(folder)
-
-
 def lines(run: mlo.Run) -> list[dict[str, Any]]:
     """The metrics without clocks and without what recording saves one process."""
     left_out = ("seconds", "gradients")
@@ -204,42 +200,36 @@ def same_run(one: mlo.Run, two: mlo.Run) -> None:
     assert one.summary["selected"] == two.summary["selected"]
 
 
-def torchrun(folder: Path, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mlo"]
-    return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=timeout
-    )
-
-
 @pytest.mark.slow
-def test_torchrun_gives_the_shipped_graph_s_numbers(tmp_path):
-    """100 and 200 images, and 101 and 203 of which processes get unequal parts."""
-    for rows in ((10, 20), (7, 9)):
-        changes = (f"data.train_per_class={rows[0]}", f"data.validation_per_class={rows[1]}")
-        options = (str(ROOT / "graphs/penalty.yaml"), "iterations=6", "dtype=float64", "evaluation.every=2", *changes)
-        name = "-".join(map(str, rows))
-        command = [sys.executable, "-m", "mlo", "run", *options, "--out", f"one-{name}"]
-        subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=True, timeout=180)
-        done = torchrun(tmp_path, "run", *options, "--out", f"two-{name}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Selected: iteration 6 of 6") == 1
-        same_run(opened(tmp_path / f"one-{name}"), opened(tmp_path / f"two-{name}"))
-        assert opened(tmp_path / f"two-{name}").summary["processes"] == 2
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_gives_the_shipped_graph_s_numbers(tmp_path, processes):
+    """100 and 200 images; among 3 processes, 33, 33 and 34 of them, and 66, 67 and 67."""
+    options = (str(ROOT / "graphs/penalty.yaml"), "iterations=6", "dtype=float64", "evaluation.every=2")
+    command = [sys.executable, "-m", "mlo", "run", *options, "--out", "one"]
+    subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=True, timeout=180)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "mlo", "run", *options, "--out", "several"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Selected: iteration 6 of 6") == 1
+    one, several = mlo.open_run(tmp_path / "one"), mlo.open_run(tmp_path / "several")
+    same_run(one, several)
+    assert several.summary["processes"] == processes
 
 
 def test_two_processes_make_the_run_of_one_and_its_start(place):
     """7 and 9 samples, and 18 of noise beside the 9: parts of 3 and 4, of 4 and 5, of 8 and 10."""
     alone(place)
-    one = opened(place / "one")
+    one = mlo.open_run(place / "one")
     (start,) = {Path(folder) for folder in one.summary["starts"].values()}
     (place / start).rename(place / "start-of-one")
     codes, out, err = ended(begin(place, *RUN, "--out", "two"))
     assert codes == [0, 0], err
     assert "start: w from base" in out[0]
     assert out[1] == err[1] == ""
-    two = opened(place / "two")
+    two = mlo.open_run(place / "two")
     same_run(one, two)
-    same_run(opened(place / "start-of-one"), opened(place / start))
+    same_run(mlo.open_run(place / "start-of-one"), mlo.open_run(place / start))
     summary = two.summary
     assert summary["processes"] == 2
     assert summary["counts"] == summary["predicted_counts"]
@@ -248,6 +238,7 @@ def test_two_processes_make_the_run_of_one_and_its_start(place):
     assert not list(place.glob("two*/*.txt"))
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_either_stops_both_and_resume_goes_on_bit_for_bit(place):
     options = (*RUN, "start=null", "iterations=40", "evaluation.every=20")
     codes, _, err = ended(begin(place, *options, "--out", "whole"))
@@ -266,7 +257,7 @@ def test_an_interrupt_of_either_stops_both_and_resume_goes_on_bit_for_bit(place)
     assert codes == [0, 0], err
     assert "resumed from iteration" in out[0]
     assert out[1] == ""
-    whole, broken = opened(place / "whole"), opened(place / "broken")
+    whole, broken = mlo.open_run(place / "whole"), mlo.open_run(place / "broken")
     assert lines(whole) == lines(broken)
     assert all(map(torch.equal, tensors(whole), tensors(broken)))
     assert json.loads((place / "broken" / "run.json").read_text())["resumed"][0]["exact"] is True
@@ -276,6 +267,7 @@ def test_an_interrupt_of_either_stops_both_and_resume_goes_on_bit_for_bit(place)
     assert out[1] == ""
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_noted_on_resume(place):
     codes, _, err = ended(begin(place, *RUN, "start=null", "--out", "run", MISHAP="one process"))
     assert codes != [0, 0], err
@@ -287,28 +279,32 @@ def test_another_number_of_processes_is_noted_on_resume(place):
 
 MISHAPS = [
     # what goes wrong, overrides, exit codes, what the first process says, what the second says
-    ("", ("levels.w.optimizer.adam.learning_rate=1e300",), [3, 3], "is not finite", None),
-    ("", ("levels.w.objective=worst",), [2, 2], "declares `reduction: batch`", None),
-    ("", ("data.rows=3",), [2, 2], "level 'w': a batch of 1 cannot be divided among 2 processes", None),
-    ("", ("levels.w.variables=lien",), [2, 2], "no variable named 'lien'", None),
-    ("", ("device=cuda",), [2, 2], "device", None),
-    ("buffer", (), [2, 2], "the buffers of level 'w' are no longer the same in all processes", None),
-    ("evaluation", (), [1, 1], "ValueError: the judge has left", None),
-    ("one process", (), [4, 1], None, "ValueError: something only here"),
+    ("", "levels.w.optimizer.adam.learning_rate=1e300", [3, 3], "is not finite", ""),
+    ("", "levels.w.objective=worst", [2, 2], "declares `reduction: batch`", ""),
+    ("", "data.rows=3", [2, 2], "level 'w': a batch of 1 cannot be divided among 2 processes", ""),
+    ("", "levels.w.variables=lien", [2, 2], "no variable named 'lien'", ""),
+    ("", "device=cuda:1", [2, 2], "device", ""),
+    ("buffer", "seed=0", [2, 2], "the buffers of level 'w' are no longer the same in all processes", ""),
+    ("evaluation", "seed=0", [1, 1], "ValueError: the judge has left", ""),
+    ("one process", "seed=0", [4, 1], "The last good checkpoint is", "ValueError: something only here"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("mishap", "overrides", "codes", "first", "second"), MISHAPS, ids=[str(row[0] or row[1][0]) for row in MISHAPS]
+    ("mishap", "override", "codes", "first", "second"),
+    [MISHAPS[0], *(pytest.param(*row, marks=pytest.mark.slow) for row in MISHAPS[1:])],
+    ids=[f"{row[0]} {row[1]}" for row in MISHAPS],
 )
-def test_both_stop_together_and_one_says_why(place, mishap, overrides, codes, first, second):
-    found, out, err = ended(begin(place, *RUN, "start=null", *overrides, "--out", "run", "--quiet", MISHAP=mishap))
+def test_both_stop_together_and_one_says_why(place, mishap, override, codes, first, second):
+    found, out, err = ended(begin(place, *RUN, "start=null", override, "--out", "run", "--quiet", MISHAP=mishap))
     assert found == codes, err
-    for text, expected in zip(err, (first, second), strict=True):
-        assert text.replace("\n", "") == "" if expected is None else expected in text, err
+    assert first in err[0]
+    assert second in err[1]
+    assert second or not err[1]
     assert out == ["", ""]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused_once(place):
     (place / "full").mkdir()
     (place / "full" / "file").touch()
@@ -318,6 +314,7 @@ def test_a_folder_that_is_not_empty_is_refused_once(place):
     assert err[1] == "" == out[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_nobody_waiting(place):
     processes = begin(place, *RUN, "start=null", "iterations=400", "--out", "run", MISHAP="slow")
     wait_for(place / "run" / "checkpoint" / "latest.json", processes)
