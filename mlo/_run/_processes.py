@@ -170,14 +170,14 @@ class Processes:
                 self.tell(do="fail", what=text.splitlines()[0], code=code)
                 store.set("over", text)
                 said = False
-                time.sleep(0.5)  # the store may be in this process: the others have heard it by then
+                time.sleep(0.3)  # the store may be in this process: the others have heard it by then
             elif isinstance(error, StoppedElsewhere):
                 said = True
             else:
                 said = self._appears("over", seconds=_PATIENCE) and (
                     shown is None or store.get("over").decode() == text
                 )
-                time.sleep(0.5)  # torchrun kills whoever is left: the first one is about to speak
+                time.sleep(1.5)  # torchrun kills whoever is left when one ends: the first one speaks now
             error.__dict__[_SAID] = said
 
     def _appears(self, key: str, *, seconds: float) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 import mlo
 from mlo import _tree
+from mlo._run._processes import Processes
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -198,6 +199,27 @@ def same_run(one: mlo.Run, two: mlo.Run) -> None:
             torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
     assert close(dict(one.summary["metrics"]), dict(two.summary["metrics"]))
     assert one.summary["selected"] == two.summary["selected"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_parts_are_the_whole_in_one_proportion(size):
+    """Of 5 units, tensors of 5, 10 and 5 samples; what has no samples is the same for all."""
+    rows, scale = torch.arange(5), torch.tensor(0.5)
+    batch = {"a": {"x": rows[:, None].double(), "y": rows}, "z": (torch.arange(10.0), "name", scale)}
+    parts = [Processes(rank, size).part(batch, "w") for rank in range(size)]
+    assert torch.equal(torch.cat([part["a"]["y"] for part in parts]), rows)
+    assert torch.equal(torch.cat([part["z"][0] for part in parts]), batch["z"][0])
+    counts = [len(part["a"]["x"]) for part in parts]
+    assert [len(part["z"][0]) for part in parts] == [2 * count for count in counts]
+    assert max(counts) - min(counts) <= 1
+    assert all(part["z"][1:] == ("name", scale) for part in parts)
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(mlo.UserError, match="level 'w': a batch of 2 cannot be divided among 3 processes"):
+        Processes(0, 3).part(torch.ones(2, 4), "w")
+    with pytest.raises(mlo.UserError, match="draws of 4 and 6 samples cannot be divided among 3 processes in one prop"):
+        Processes(2, 3).part((torch.ones(4), torch.ones(6)), "w")
 
 
 @pytest.mark.slow
