@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test test-slow lint clean
+.PHONY: run test test-slow bench lint clean
 
 run: .venv/.run
 	$(BIN)/python -m mlo run graphs/needs_aware.yaml
@@ -13,6 +13,9 @@ test: .venv/.test
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/.test
+	$(BIN)/python -m pytest -q -o python_functions='case_*' tests/benchmarks/bench_cases.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

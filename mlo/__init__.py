@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mlo._run import open_run as open_run
     from mlo._run import resume as resume
     from mlo._run import run as run
+    from mlo._score_function import score_function as score_function
     from mlo._state import Batches as Batches
     from mlo._state import Metrics as Metrics
     from mlo._state import Norms as Norms
@@ -77,6 +78,7 @@ _HOMES = {
     "run": "mlo._run",
     "Spec": "mlo.spec",
     "load": "mlo.spec",
+    "score_function": "mlo._score_function",
     "Batches": "mlo._state",
     "Metrics": "mlo._state",
     "Norms": "mlo._state",

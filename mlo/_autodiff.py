@@ -14,11 +14,11 @@ tensors it was taken at: see `is_recorded`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo import _tree
 
@@ -75,7 +75,7 @@ def _linearise_recorded(
 ) -> tuple[Tree, After, Callable[..., Upstream]]:
     """Partial derivatives are taken at aliases, so that none runs through the history of another argument."""
     points = {name: _tree.apply(_alias, tree) for name, tree in at.items()}
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _plain_attention():
         result, after = function(points)
 
     def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
@@ -99,6 +99,63 @@ def _pulled(
     return _grouped(wanted, found)
 
 
+def pushforward(
+    function: Callable[[Mapping[str, Tree]], Tree], at: Mapping[str, Tree]
+) -> Callable[[Mapping[str, Tree]], Tree]:
+    """From tangents by name, like `at`, to (∂function/∂at) tangent: the transpose of the pullback, itself linear.
+
+    By reverse passes only, so it is right wherever these are. For functions that cost little, such as an update.
+    """
+    if inside_transform():
+        result, pull_all = cast("Any", torch.func.vjp(function, dict(at)))
+        _, push = cast("Any", torch.func.vjp(lambda weights: pull_all(weights)[0], _tree.zeros(result)))
+        pushed: Any = push
+        return lambda tangents: pushed(dict(tangents))[0]
+    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    inputs = [(name, leaf) for name, tree in leaves.items() for leaf in _tree.leaves(tree)]
+    with torch.enable_grad():
+        result = function(leaves)
+        outputs = _tree.leaves(result)
+        weights = [torch.zeros_like(output).requires_grad_() for output in outputs]
+        tensors = [leaf for _, leaf in inputs]
+        pulled: Any = torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True)
+
+    def push(tangents: Mapping[str, Tree]) -> Tree:
+        turns = [turn for name in leaves for turn in _tree.leaves(tangents[name])]
+        used = [(image, turn) for image, turn in zip(pulled, turns, strict=True) if image is not None]
+        images, given = zip(*used, strict=True)
+        found: Any = torch.autograd.grad(images, weights, given, retain_graph=True, allow_unused=True)
+        pairs = zip(found, outputs, strict=True)
+        return _tree.rebuild(result, [torch.zeros_like(output) if t is None else t for t, output in pairs])
+
+    return push
+
+
+def gradients(
+    function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree]
+) -> tuple[Upstream, Tensor, After]:
+    """∂function/∂at[name] for every name that the number `function(at)` depends on, that number, and what else it returned.
+
+    `linearise` and its pullback of 1 in one, without what several pullbacks would need. One reverse pass.
+    """
+    if inside_transform():
+        value, after, pull = _linearise_by_transform(function, at)
+        assert isinstance(value, torch.Tensor)
+        return pull(torch.ones_like(value), at), value, after
+    if is_recorded(at.values()):
+        value, after, pull = _linearise_recorded(function, at)
+        assert isinstance(value, torch.Tensor)
+        return pull(torch.ones_like(value), at), value, after
+    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    with torch.enable_grad():
+        value, after = function(leaves)
+    inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
+    if not value.requires_grad or not inputs:
+        return {}, value.detach(), after
+    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    return _grouped(leaves, found), value.detach(), after
+
+
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
     """∇function at `at`, as a differentiable function of all that `function` reads; None if it does not depend on `at`.
 
@@ -109,7 +166,7 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
     point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else _leaf(tensor), at)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _plain_attention():
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
@@ -130,8 +187,27 @@ def _linearise_by_transform(
 
 
 def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]], After]:
-    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
+    with _plain_attention():  # the other kernels have no batching rule
         return cast("Any", torch.func.vjp(function, at, has_aux=True))
+
+
+@contextmanager
+def _plain_attention() -> Generator[None]:
+    """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes four times as long."""
+    kernels = torch.backends.cuda
+    before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
+    formula = kernels.math_sdp_enabled()
+    try:
+        kernels.enable_flash_sdp(False)
+        kernels.enable_mem_efficient_sdp(False)
+        kernels.enable_cudnn_sdp(False)
+        kernels.enable_math_sdp(True)
+        yield
+    finally:
+        kernels.enable_flash_sdp(before[0])
+        kernels.enable_mem_efficient_sdp(before[1])
+        kernels.enable_cudnn_sdp(before[2])
+        kernels.enable_math_sdp(formula)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

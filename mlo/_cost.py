@@ -102,8 +102,11 @@ class _Prediction:
     def pullback(self, name: str, live: set[str]) -> Passes:
         """One pullback of level `name` to the levels in `live`."""
         level = self.plan.levels[name]
-        numbers = size(level.variables)
+        players = {name, *(live & set(level.against) if level.hypergradient.is_joint else ())}
+        numbers = sum(size(self.plan.levels[player].variables) for player in players)
         cost = level.hypergradient.cost(level.steps, numbers)
+        read = [self.plan.levels[read] for read in self.plan.depends_on(name) if read in live]
+        cost = _sum(cost, level.hypergradient.cost_of_reads(level.steps, sum(size(level.variables) for level in read)))
         if name not in self.plan.nested:
             again = 0 if current_group() is None else level.hypergradient.tape(level.steps, numbers).recorded
             return Passes(cost.gradients + again, cost.products)

@@ -16,9 +16,10 @@ from mlo import _random, _tree
 from mlo._autodiff import inside_transform
 from mlo._errors import GraphError, Mistake, NumericalError
 from mlo._nest import Below, Nest
-from mlo._objective import Record, partials
+from mlo._objective import Record, options_of, partials
+from mlo._reading import reads_live
 from mlo._response import Response, respond
-from mlo._state import Metrics, Norms, Parts, State, Tally, batch_of
+from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
 from mlo._structure import depends_on, is_due, nested, reads, response_order, surroundings
 from mlo._sweep import sweep
@@ -94,7 +95,8 @@ class Iteration:
     @classmethod
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
         """An iteration that has not begun."""
-        return cls(plan, state, batches, {name: position(state, name) for name in plan.levels})
+        now = {name: position(state, name) for name in plan.levels}
+        return cls(plan, state, batches, now, Tally(recalled=state.memory))
 
     @property
     def number(self) -> int:
@@ -145,7 +147,9 @@ class Iteration:
             for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
             if upper in arrived
         }
-        return Parts(direct=_tree.zeros(values[upper]) if direct is None else direct, through=through), loss, aftermath
+        if direct is None:
+            return Parts(direct=_tree.zeros(values[upper]), through=through, has_direct=False), loss, aftermath
+        return Parts(direct=direct, through=through), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
         """A level takes its steps, and what it did is noted; below one in the middle, so is what they lead to.
@@ -157,7 +161,9 @@ class Iteration:
             self.losses[taken], self.measured[taken] = response.losses, response.measured
             parts = [part for left in response.aftermaths for part in left.parts]
             if parts:
-                self.norms[taken] = tuple(map(Norms.of, parts))
+                totals = [self._last_hypergradient(taken), *(part.total for part in parts)]
+                self.norms[taken] = tuple(map(Norms.of, parts, totals))
+                self._remember_hypergradient(taken, totals[-1])
                 self._look_at_norms(taken)
         return responses
 
@@ -170,6 +176,7 @@ class Iteration:
         moved = {  # due at the same time: responses see where they stood
             upper: self.now[upper] for upper in self.norms if upper not in self.plan.nested
         }
+        before = self._last_hypergradient(name)
         for step in range(level.steps):
             if step:
                 self.now.update({upper: position(self.begin, upper) for upper in moved})
@@ -177,14 +184,19 @@ class Iteration:
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
-            variables, optimizer = updated(level.optimizer, self.number, parts.total, at.optimizer, at.variables)
+            options = options_of(level, self.plan.skeletons, self._seen_by(level)[0])
+            variables, optimizer = updated(
+                level.optimizer, self.number, parts.total, at.optimizer, at.variables, options
+            )
             self.now[name] = Position(variables, {**at.buffers, **aftermath.buffers}, optimizer)
             losses.append(loss)
             measured.append(aftermath.measured)
-            norms.append(Norms.of(parts))
+            norms.append(Norms.of(parts, before))
+            before = parts.total
             self.numbers.append((name, step + 1, "the loss", loss))
             self._look_at_norms(name, step, norms[-1:])
         self._look_at_value(name, level.steps)
+        self._remember_hypergradient(name, before)
         self.now.update(kept)
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
 
@@ -204,6 +216,16 @@ class Iteration:
             if lower not in found:
                 found |= self.retaken(lower, pulled, live)
         return found
+
+    def _remember_hypergradient(self, upper: str, last: Tree | None) -> None:
+        if last is not None and not inside_transform():
+            self.tally.remembered[upper, upper] = {HYPERGRADIENT: _tree.detach(last)}
+
+    def _last_hypergradient(self, upper: str) -> Tree | None:
+        """That of the last iteration in which `upper` was due, if it can be compared with those of this one."""
+        before = self.begin.memory.get((upper, upper), {}).get(HYPERGRADIENT)
+        fits = before is not None and not inside_transform() and _tree.alike(before, self.now[upper].variables)
+        return before if fits else None
 
     def retake(self, name: str, live: Iterable[str]) -> Response:
         """The response of level `name`, which now stands where it leads."""
@@ -238,6 +260,7 @@ class Iteration:
             optimizers={name: self.now[name].optimizer for name in moving},
             iteration=self.number,
             seed=self.begin.seed,
+            memory=self.tally.memory(),
         )
         metrics = Metrics(
             losses={name: losses[-1] for name, losses in self.losses.items() if losses},
@@ -259,13 +282,17 @@ class Iteration:
 
     def _look_at_value(self, name: str, step: int) -> None:
         """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
-        self.numbers.append((name, step, "the new value", _tree.sum_of(self.now[name].variables)))
+        tensors = _tree.leaves(self.now[name].variables)
+        self.numbers += [(name, step, "the new value", tensor.sum()) for tensor in tensors]
 
     def refuse_non_finite(self) -> None:
         """One look at all numbers together; who was first is asked only if there is something to ask."""
         if inside_transform() or not self.numbers:
             return
-        if bool(torch.stack([number.double() for *_, number in self.numbers]).isfinite().all()):
+        numbers = [number for *_, number in self.numbers]
+        if any(number.dtype != numbers[0].dtype for number in numbers):
+            numbers = [number.double() for number in numbers]
+        if bool(torch.stack(numbers).isfinite().all()):
             return
         level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)
@@ -310,10 +337,14 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     """Raise `GraphError` if the gradient of a level below `upper` does not depend on anything that leads back to it.
 
     f = a(w) + b(u) has a gradient in u and no cross derivative: methods without a second derivative of their own would
-    find zero there and no error. Where an operator has none at all, nothing can be said.
+    find zero there and no error. Where an operator has none at all, nothing can be said. A level whose optimizer reads one
+    that leads back is differentiated through its steps, where a part that is missing is an error anyway.
     """
     inside = Iteration.of(plan, state, batches)
-    for name, response in inside.respond_below(upper, (upper, *plan.differentiated(upper))).items():
+    live = (upper, *plan.differentiated(upper))
+    for name, response in inside.respond_below(upper, live).items():
+        if not response.level.hypergradient.differentiates or reads_live(plan.levels[name].optimizer, live):
+            continue
         try:
             reached = response.linearise().cross(response.end.variables)
         except (RuntimeError, NotImplementedError):

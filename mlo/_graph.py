@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
-from mlo import _engine, _random, _structure, _tree
+from mlo import _engine, _random, _reading, _structure, _tree
 from mlo._autodiff import inside_transform
 from mlo._constraint import Constraints
 from mlo._cost import Cost, predicted, size
@@ -19,7 +19,7 @@ from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
 from mlo._reduction import current_group, refuse_batch_objective, refuse_nesting
 from mlo._state import Metrics, Parts, State
-from mlo.optimizer import initial
+from mlo.optimizer import initial, options_read
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -43,13 +43,14 @@ class Graph:
 
     def __init__(self, levels: Iterable[Level]) -> None:
         declared = tuple(levels)
-        if found := _structure.mistakes(declared, running=False):
+        if found := _structure.mistakes(declared, running=False) + unlisted(declared):
             raise GraphError(found)
         by_name = {level.name: level for level in declared}
         self.order: tuple[str, ...] = _structure.run_order(declared)
         self.levels: Mapping[str, Level] = {name: by_name[name] for name in self.order}
         found = [Mistake(name, key, what) for name, level in self.levels.items() for key, _, what in unfit(level)]
         found += objections(self.levels)
+        found += misread(self.levels)
         if found:
             raise GraphError(found)
         skeletons = {
@@ -203,9 +204,31 @@ def objections(levels: Mapping[str, Level]) -> list[Mistake]:
         optimizer = levels[name].optimizer
         reason = None if optimizer is None else levels[name].hypergradient.objection(optimizer)
         found += [] if reason is None else [Mistake(name, "hypergradient", reason)]
+    for level in levels.values():
+        found += _game_objections(level, levels)
     for name in sorted(_structure.nested(levels)):
         if levels[name].nested == "reduced":
             found += _nest_objections(name, levels)
+    return found
+
+
+def _game_objections(upper: Level, levels: Mapping[str, Level]) -> list[Mistake]:
+    """Players that are pulled back together, of which the upper level lists some, or which say different things."""
+    found: list[Mistake] = []
+    below = _structure.differentiated(upper, levels)
+    for name in below:
+        method = levels[name].hypergradient
+        if not method.is_joint:
+            continue
+        for opponent in levels[name].against:
+            if levels[opponent].frozen:
+                continue
+            if opponent not in below:
+                reason = f"'{name}' is differentiated with its opponents, and '{opponent}' is not listed"
+                found.append(Mistake(upper.name, "subject_to", reason))
+            elif levels[opponent].hypergradient != method:
+                reason = f"it is differentiated together with '{opponent}', which has another method"
+                found.append(Mistake(name, "hypergradient", reason))
     return found
 
 
@@ -214,6 +237,8 @@ def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
     upper = levels[middle]
     above = upper.hypergradient.nesting(upper.steps, size(upper.variables))
     found: list[Mistake] = []
+    if above.needs_objective is not None:
+        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; say nested: direct or take unroll"))
     for name in _structure.response_order(upper, levels):
         lower = levels[name]
         below = lower.hypergradient.nesting(lower.steps, size(lower.variables))
@@ -237,6 +262,46 @@ def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
             )
             found.append(Mistake(middle, "hypergradient", reason))
     return found
+
+
+def unlisted(levels: Sequence[Level]) -> list[Mistake]:
+    """Options of optimizers that are read from a level which is not there, or not given."""
+    names = [level.name for level in levels]
+    return [
+        Mistake(level.name, ".".join(("optimizer", *wrong.path)), wrong.message)
+        for level in levels
+        if level.optimizer
+        for wrong in _reading.unlisted(level, level.optimizer, names)
+    ]
+
+
+def misread(levels: Mapping[str, Level]) -> list[Mistake]:
+    """Options of optimizers that are read from tensors which do not fit, or not differentiated by the level's method."""
+    optimizers = {name: level.optimizer for name, level in levels.items() if level.optimizer}
+    found = [Mistake(name, ".".join(("optimizer", *path)), what) for name, path, what in misfits(levels)]
+    methods = {name: level.hypergradient for name, level in levels.items()}
+    reasons = _reading.left_out(levels, optimizers, methods)
+    return found + [Mistake(name, "hypergradient", reason) for name, reason in sorted(reasons.items())]
+
+
+def misfits(levels: Mapping[str, Level]) -> list[tuple[str, tuple[str, ...], str]]:
+    """Options that are read from tensors which are not there or do not fit: the level, the option, the mistake."""
+    reading = {name: level.optimizer for name, level in levels.items() if level.optimizer}
+    reading = {name: optimizer for name, optimizer in reading.items() if any(options_read(optimizer))}
+    shapes = {name: _shapes(level.variables) for name, level in levels.items()} if reading else {}
+    return [
+        (name, wrong.path, wrong.message)
+        for name, optimizer in reading.items()
+        for wrong in _reading.misfits(optimizer, shapes[name], shapes)
+    ]
+
+
+def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is trained of a level, by name."""
+    if isinstance(variables, nn.Module):
+        return {name: tuple(tensor.shape) for name, tensor in variables.named_parameters() if tensor.requires_grad}
+    tensors = variables if isinstance(variables, Mapping) else {"": variables}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def unfit(level: Level) -> list[tuple[str, str, str]]:

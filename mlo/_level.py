@@ -28,7 +28,7 @@ class Level:
       the level itself and what it lists; a level without an optimizer needs none.
     - `variables`: a mapping of tensors, one tensor, or an `nn.Module`. Parameters with `requires_grad=False` count as
       buffers. What is given here is cloned, never changed.
-    - `given`: levels the objective reads and holds fixed.
+    - `given`: levels the objective, or the optimizer for its options, reads and holds fixed.
     - `subject_to`: levels whose responses it differentiates through; it reads them too.
     - `against`: the other players of a simultaneous game. Both read the values at the start of the iteration.
     - `constraints`: by a pattern of names (`*` for a single tensor), `softplus`, `sigmoid` or `softmax` (along the last

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from mlo import _tree
+from mlo import _dense, _random, _tree
 from mlo._autodiff import inside_transform, is_recorded, linearise
+from mlo._objective import options_of
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
-from mlo.hypergradient import AbstractLinearisation
+from mlo.hypergradient import AbstractLinearisation, AbstractStep
 from mlo.optimizer import l2_decays
+from mlo.optimizer._arithmetic import add, is_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +35,13 @@ class Linearisation(AbstractLinearisation):
     Of a level in the middle of a nest it is the total gradient that is linearised, and `hessian` is Jᵀv with its Jacobian.
     """
 
-    def __init__(self, level: Level, around: Surroundings, at: Position, record: Record) -> None:
-        self._level, self._around, self._at = level, around, at
+    def __init__(
+        self, level: Level, around: Surroundings, at: Position, record: Record, last: AbstractStep | None = None
+    ) -> None:
+        self._level, self._around, self._at, self._last = level, around, at, last
         assert level.optimizer is not None
-        self._decays = l2_decays(level.optimizer, record.iteration, at.variables)
+        options = options_of(level, around.skeletons, around.values)
+        self._decays = l2_decays(level.optimizer, record.iteration, at.variables, options)
         self._looks = 0
         self._recorded = is_recorded((at.variables, *around.values.values()))
         buffers = {**around.buffers, level.name: at.buffers}
@@ -59,14 +64,24 @@ class Linearisation(AbstractLinearisation):
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""
         name = self._level.name
-        image = self._product(direction, (name,)).get(name)
-        if image is None:  # the objective is linear in the level's own variables
+        return self._decayed(self._product(direction, (name,)).get(name), direction)
+
+    def pulled(self, direction: Tree) -> Upstream:
+        """Hv under the name of the level itself, and `cross`, in one product."""
+        name = self._level.name
+        found = self._product(direction, (name, *self._around.live))
+        return {**found, name: self._decayed(found.get(name), direction)}
+
+    def _decayed(self, image: Tree | None, direction: Tree) -> Tree:
+        """With what the L2 decay of the optimizer adds to `image`, which is None where f is linear in the variables."""
+        if image is None:
             image = _tree.zeros(direction)
-        decays = [self._decays[key] or 0.0 for key in (direction if isinstance(direction, Mapping) else ("",))]
-        if not any(decays):
+        found = [self._decays[key] for key in (direction if isinstance(direction, Mapping) else ("",))]
+        decays = [0.0 if decay is None else decay for decay in found]
+        if all(is_zero(decay) for decay in decays):
             return image
         pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
-        return _tree.rebuild(direction, [one.add(two, alpha=decay) for one, two, decay in pairs])
+        return _tree.rebuild(direction, [add(one, two, scale=decay) for one, two, decay in pairs])
 
     def cross(self, direction: Tree) -> Upstream:
         """See `AbstractLinearisation`."""
@@ -95,7 +110,8 @@ class Linearisation(AbstractLinearisation):
         own = values.get(self._level.name, self._at.variables)
         live = tuple(name for name in values if name != self._level.name)
         around = replace(self._around, values={**self._around.values, **values}, live=live)
-        return Linearisation(self._level, around, Position(own, self._at.buffers, self._at.optimizer), self._record)
+        at = Position(own, self._at.buffers, self._at.optimizer)
+        return Linearisation(self._level, around, at, self._record, self._last)
 
     def curvature(self, direction: Tree, cotangent: Tree, towards: Mapping[str, Tree]) -> Upstream:
         """(∂Hv/∂u)ᵀ λ at `towards`, for every level u in it. One gradient and two products."""
@@ -109,11 +125,43 @@ class Linearisation(AbstractLinearisation):
 
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """See `AbstractLinearisation`."""
+        return dense_solution(self.hessian, cotangent, damping=damping)
+
+    def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
+        """See `AbstractLinearisation`."""
         vector = _flat(cotangent)
-        eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
-        columns = [_flat(self.hessian(_shaped(cotangent, row))) for row in eye]
-        solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
-        return _shaped(cotangent, solution.where(failed == 0, float("nan")))
+        size = min(rank, len(vector))
+        basis = torch.linalg.qr(torch.stack([_flat(self.normal(index)) for index in range(size)], dim=1))[0]
+        columns = (_shaped(cotangent, column) for column in basis.unbind(1))
+        images = torch.stack([_flat(self.hessian(column)) for column in columns], dim=1)
+        solution, largest, negative = _dense.nystrom_solve(basis, images, vector, damping)
+        self.report("lambda_max", largest)
+        self.report("negative_curvature", negative)
+        return _shaped(cotangent, solution)
+
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """See `AbstractLinearisation`."""
+        assert self._last is not None, "no step was taken"
+        return self._last.pull_update(cotangent)
+
+    def normal(self, index: int) -> Tree:
+        """See `AbstractLinearisation`."""
+        drawn = [
+            _random.normal(tensor, self._record.seed, "normal", index, name)
+            for name, tensor in _tree.named(self.variables).items()
+        ]
+        return _tree.rebuild(self.variables, drawn)
+
+    def recall(self, name: str) -> Tree | None:
+        """See `AbstractLinearisation`."""
+        tree = self._around.tally.recalled.get(self._pair, {}).get(name)
+        fits = tree is not None and not inside_transform() and _tree.alike(tree, self.variables)
+        return tree if fits else None
+
+    def remember(self, name: str, tree: Tree) -> None:
+        """See `AbstractLinearisation`."""
+        if not inside_transform():
+            self._around.tally.remembered.setdefault(self._pair, {})[name] = _tree.detach(tree)
 
     def is_false(self, flag: Tensor) -> bool:
         """See `AbstractLinearisation`."""
@@ -124,9 +172,13 @@ class Linearisation(AbstractLinearisation):
 
     def report(self, name: str, value: Tensor) -> None:
         """See `AbstractLinearisation`."""
-        tally = self._around.tally
-        upper = tally.pullbacks[-1][0] if tally.pullbacks else self._level.name
-        tally.reports.setdefault((upper, self._level.name), {})[name] = value.detach()
+        self._around.tally.reports.setdefault(self._pair, {})[name] = value.detach()
+
+    @property
+    def _pair(self) -> tuple[str, str]:
+        """The upper level it is pulled back for, and the level."""
+        pullbacks = self._around.tally.pullbacks
+        return pullbacks[-1][0] if pullbacks else self._level.name, self._level.name
 
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
@@ -167,6 +219,15 @@ class _Inverse(torch.autograd.Function):
             for leaf in _tree.leaves(found.get(name, towards[name]))
         ]
         return None, None, None, None, *_tree.leaves(pulled), *rest
+
+
+def dense_solution(product: Callable[[Tree], Tree], cotangent: Tree, *, damping: float) -> Tree:
+    """(A + damping · I)⁻¹ λ for the matrix A that `product` applies; not a number where that is singular."""
+    vector = _flat(cotangent)
+    eye = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
+    columns = [_flat(product(_shaped(cotangent, row))) for row in eye]
+    solution, failed = torch.linalg.solve_ex(torch.stack(columns, dim=1) + damping * eye, vector)
+    return _shaped(cotangent, solution.where(failed == 0, float("nan")))
 
 
 def _flat(tree: Tree) -> Tensor:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform, linearise
+from mlo._autodiff import gradients, inside_transform
 from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import current_group, reduced_trees
 from mlo._structure import reads
+from mlo.optimizer import options_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,6 +223,14 @@ def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton |
     return ModuleVariables(skeleton, value, buffers or {})
 
 
+def options_of(level: Level, skeletons: Mapping[str, Skeleton], values: Mapping[str, Tree]) -> dict[str, Tree] | None:
+    """What the optimizer of `level` reads from other levels, as objectives see it; None where it reads nothing."""
+    names = {read.level for _, read in options_read(level.optimizer)} if level.optimizer else set[str]()
+    if not names:
+        return None
+    return {name: skeletons[name].constrained(values[name]) if name in skeletons else values[name] for name in names}
+
+
 def partials(
     level: Level,
     skeletons: Mapping[str, Skeleton],
@@ -239,9 +248,7 @@ def partials(
     def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
-    loss, aftermath, pull = linearise(objective, {name: values[name] for name in towards})
-    assert isinstance(loss, torch.Tensor)
-    found = pull(torch.ones_like(loss), towards)
+    found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
     if current_group() is None:
         return found, loss, aftermath
     means = {key: value for key, value in aftermath.measured.items() if not value.dim() and value.is_floating_point()}

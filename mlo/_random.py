@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def key(*parts: object) -> int:
@@ -18,6 +22,17 @@ def key(*parts: object) -> int:
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded with `key(*parts)`."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+def normal(like: Tensor, *parts: object) -> Tensor:
+    """Standard normal numbers in the shape, type and place of `like`: the same for the same `parts`, up to its precision.
+
+    Drawn on the CPU in float64, so that neither device nor type chooses them, and outside any `torch.func` transform, in
+    which `vmap` would refuse to draw.
+    """
+    with cast("Any", torch._C)._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
+        drawn = torch.randn(like.shape, generator=generator(*parts), dtype=torch.float64)
+        return drawn.to(device=like.device, dtype=like.dtype)
 
 
 def reseed(seed: int) -> None:

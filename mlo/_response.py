@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from mlo import _tree
+from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
-from mlo._objective import Aftermath, Record
+from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import current_group
+from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
+from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.hypergradient._unroll import replayed
 from mlo.optimizer import OptimizerState, updated
@@ -35,6 +37,7 @@ class Response(AbstractResponse):
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
     `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
+    `begin` and `records` are what is needed to take all steps again.
     """
 
     level: Level
@@ -42,10 +45,13 @@ class Response(AbstractResponse):
     losses: tuple[Tensor, ...]
     aftermaths: tuple[Aftermath, ...]
     around: Surroundings
-    kept: tuple[Step, ...]
+    kept: Sequence[Step]
     rest: tuple[Record, Mapping[str, Tensor]]
+    begin: Position
+    records: tuple[Record, ...]
     recorded: int = 0
     pull: Callable[..., Upstream] | None = None
+    tangents: tuple[Tangent, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -70,6 +76,32 @@ class Response(AbstractResponse):
         self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
+    def contract(self, cotangent: Tree) -> Upstream:
+        """See `AbstractResponse`."""
+        return contracted(list(self.tangents), cotangent)
+
+    def directions(self, count: int | None) -> Sequence[Upstream]:
+        """See `AbstractResponse`. Random ones are keyed by the seed of the last step."""
+        reads = {name: self.around.values[name] for name in self.around.live}
+        numbers = sum(map(_tree.size, reads.values()))
+        if count is None or count >= numbers:
+            return units(reads)
+        like = _tree.leaves(next(iter(reads.values())))[0]
+        drawn = _random.normal(like.new_empty(numbers, count), self.rest[0].seed, "directions")
+        found: list[Upstream] = []
+        for column in torch.linalg.qr(drawn)[0].unbind(1):
+            sizes = [leaf.numel() for tree in reads.values() for leaf in _tree.leaves(tree)]
+            shapes = [leaf.shape for tree in reads.values() for leaf in _tree.leaves(tree)]
+            parts = [part.view(shape) for part, shape in zip(column.split(sizes), shapes, strict=True)]
+            found.append(regrouped(reads, parts))
+        return found
+
+    def retaken(self, direction: Upstream, *, scale: float) -> Tree:
+        """See `AbstractResponse`."""
+        moved = {name: _tree.add(self.around.values[name], tree, scale=scale) for name, tree in direction.items()}
+        around = replace(self.around, values={**self.around.values, **moved}, live=())
+        return respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+
     def taken(self) -> Sequence[AbstractStep]:
         """See `AbstractResponse`."""
         return self.kept
@@ -78,7 +110,7 @@ class Response(AbstractResponse):
         """See `AbstractResponse`."""
         record, buffers = self.rest
         at = Position(self.end.variables, buffers, self.end.optimizer)
-        return Linearisation(self.level, self.around, at, record)
+        return Linearisation(self.level, self.around, at, record, self.kept[-1] if self.steps else None)
 
 
 def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record], *, steps: int) -> Response:
@@ -93,20 +125,43 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
     replaced = 0
     if current_group() is not None:  # a recorded step would have to be differentiated through its reduction
-        replaced, tape = min(steps, tape.recorded), Tape(0, max(tape))
-    begun = steps - min(steps, tape.recorded)
+        replaced = min(steps, tape.recorded)
+        tape = tape._replace(recorded=0, kept=max(replaced, tape.kept))
+    every = 1 if recording else tape.every
+    begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
     position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
-    kept: deque[Step] = deque(maxlen=max(1, tape.kept))
+    starts, again = list[Position](), list[Record]()
+    kept: deque[Step] = deque(maxlen=max(1, tape.kept) if every == 1 else 1)
     rest = (records[-1], start.buffers)
     with torch.no_grad() if recording else nullcontext():
         fixed = _without_history(around) if recording else around
-        for record in records[:begun]:
+        tangents = at_rest(start, fixed) if tape.forward and not recording else []
+        for number, record in enumerate(records[:begun]):
+            if kept:
+                kept[-1] = replace(kept[-1], gradient=None)
             position, last, loss, aftermath = take(level, position, fixed, record)
+            tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)
+            if every > 1 and number >= first:
+                again.append(last.record)
+                if (number - first) % every == 0:
+                    starts.append(last.at)
             losses.append(loss)
             aftermaths.append(aftermath)
-    response = Response(level, position, tuple(losses), tuple(aftermaths), around, tuple(kept), rest, replaced)
+    response = Response(
+        level=level,
+        end=position,
+        losses=tuple(losses),
+        aftermaths=tuple(aftermaths),
+        around=around,
+        kept=Retaken(level, around, starts, again, every) if again else tuple(kept),
+        rest=rest,
+        begin=start,
+        records=tuple(records),
+        recorded=replaced,
+        tangents=tuple(tangents),
+    )
     if begun < steps:
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
@@ -122,19 +177,20 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     parts = list[tuple["Parts", ...]]()
 
     def steps(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        at, losses, left, last = start, list["Tensor"](), list[Any](), ()
+        at, losses, left = start, list["Tensor"](), list[Any]()
+        before, gradient = start, start.variables
         values = {**around.values, **live}
+        options = options_of(level, around.skeletons, values)
         for record in records:
             buffers = {**around.buffers, level.name: at.buffers}
             found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
-            gradient = connected(level, found)
-            last = (*_numbers(at), _tree.detach(gradient))
-            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
+            before, gradient = at, connected(level, found)
+            variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
             at = Position(variables, aftermath.buffers, state)
             losses.append(loss.detach())
             left.append((aftermath.measured, aftermath.buffers, aftermath.choices))
             parts.append(aftermath.parts)
-        return at.variables, (_numbers(at), losses, left, last)
+        return at.variables, (_numbers(at), losses, left, (*_numbers(before), _tree.detach(gradient)))
 
     live = {name: around.values[name] for name in (*around.live, *recorded(around.values)[0])}
     variables, (end, losses, left, (*stood, gradient)), pull = linearise(steps, live)
@@ -142,16 +198,15 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     aftermaths = [Aftermath(*each)._replace(parts=part) for each, part in zip(left, parts, strict=True)]
     at = _position(stood, count - 1)
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
-    return Response(
-        level,
-        _position((variables, *end[1:]), count),
-        (*before.losses, *losses),
-        (*before.aftermaths, *aftermaths),
-        around,
-        (last,),
-        (last.record, last.at.buffers),
-        len(records),
-        pull,
+    return replace(
+        before,
+        end=_position((variables, *end[1:]), count),
+        losses=(*before.losses, *losses),
+        aftermaths=(*before.aftermaths, *aftermaths),
+        kept=(last,),
+        rest=(last.record, last.at.buffers),
+        recorded=len(records),
+        pull=pull,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from mlo import _tree
 from mlo._errors import UserError
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
     from mlo._types import Tree
     from mlo.optimizer import OptimizerState
+
+
+Memory: TypeAlias = "Mapping[tuple[str, str], Mapping[str, Tree]]"
+"""By the pair (upper, level) and by name, trees shaped like the variables of the level."""
+
+HYPERGRADIENT = "hypergradient"
+"""What is remembered under (upper, upper)."""
 
 
 @final
@@ -27,6 +34,8 @@ class State:
     - `optimizers`: what each optimizer remembers; levels without one are absent.
     - `iteration`: how many iterations are finished.
     - `seed`: what all noise inside objectives is keyed by.
+    - `memory`: by the pair (upper, level), what the level's method remembers of its last pullback, by name; under
+      (upper, upper), the last hypergradient. Empty at the beginning, and safe to drop: nothing is wrong without it.
     """
 
     values: Mapping[str, Any]
@@ -34,6 +43,7 @@ class State:
     optimizers: Mapping[str, OptimizerState]
     iteration: int = 0
     seed: int = 0
+    memory: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
 
 
 @final
@@ -68,10 +78,12 @@ class Parts:
     - `direct`: the partial gradient of the objective in the upper level's own variables.
     - `through`: what arrives over the response of each level as the last arrow, (∂w*/∂u)ᵀ λ with the whole cotangent λ on
       that response.
+    - `has_direct`: false where the objective does not read the upper level's own variables, and `direct` is zero.
     """
 
     direct: Tree
     through: Mapping[str, Tree]
+    has_direct: bool = True
 
     @cached_property
     def indirect(self) -> Tree:
@@ -81,29 +93,47 @@ class Parts:
     @cached_property
     def total(self) -> Tree:
         """The hypergradient."""
-        return _tree.total([self.direct, *self.through.values()])
+        return _tree.total([self.direct, *self.through.values()]) if self.has_direct else self.indirect
 
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Norms:
-    """Euclidean norms of the `Parts` of a hypergradient, zero-dimensional tensors."""
+    """Euclidean norms of the `Parts` of a hypergradient, zero-dimensional tensors.
+
+    `cosine` is that of the angle to the hypergradient of the upper level's step before, in this iteration or an earlier
+    one: near 1 it goes on in one direction, near 0 it is noise, near −1 it turns about. 0 where one of the two is zero;
+    None at the first step.
+    """
 
     total: Tensor
     direct: Tensor
     indirect: Tensor
     through: Mapping[str, Tensor]
+    cosine: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: Parts) -> Norms:
-        """The norms of `parts`."""
+    def of(cls, parts: Parts, before: Tree | None = None) -> Norms:
+        """The norms of `parts`, and the cosine to the hypergradient `before`."""
         through = {name: _tree.norm(part) for name, part in parts.through.items()}
+        indirect = next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect)
+        total = _tree.norm(parts.total) if parts.has_direct else indirect
         return cls(
-            total=_tree.norm(parts.total),
-            direct=_tree.norm(parts.direct),
-            indirect=next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect),
+            total=total,
+            direct=_tree.norm(parts.direct) if parts.has_direct else indirect.new_zeros(()),
+            indirect=indirect,
             through=through,
+            cosine=None if before is None else _cosine(parts.total, total, before),
         )
+
+
+def _cosine(tree: Tree, length: Tensor, other: Tree) -> Tensor:
+    """⟨tree, other⟩/(‖tree‖ ‖other‖), each divided by its own length first, so that no product under- or overflows."""
+    lengths = [length, _tree.norm(other)]
+    one, two = (
+        _tree.scale(each, by=1 / (size + (size == 0))) for each, size in zip((tree, other), lengths, strict=True)
+    )
+    return _tree.inner(one, two).clamp(-1, 1)
 
 
 @final
@@ -132,7 +162,10 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """Counts what an iteration costs while it runs."""
+    """Counts what an iteration costs while it runs, and gathers what its methods say.
+
+    `recalled` is what earlier iterations remembered, `remembered` what this one does.
+    """
 
     gradients: int = 0
     products: int = 0
@@ -140,3 +173,12 @@ class Tally:
     reports: dict[tuple[str, str], dict[str, Tensor]] = field(
         default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
     )
+    recalled: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
+    remembered: dict[tuple[str, str], dict[str, Tree]] = field(default_factory=dict[tuple[str, str], "dict[str, Tree]"])
+
+    def memory(self) -> Memory:
+        """What the next iteration recalls: what is new, and what is old where nothing is."""
+        return {
+            **self.recalled,
+            **{pair: {**self.recalled.get(pair, {}), **trees} for pair, trees in self.remembered.items()},
+        }

@@ -12,10 +12,11 @@ import torch
 from mlo import _tree
 from mlo._autodiff import is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
-from mlo._objective import Aftermath, Record, evaluate, partials
-from mlo._reduction import reduced_trees
+from mlo._objective import Aftermath, Record, evaluate, options_of, partials
+from mlo._reading import reads_live
+from mlo._reduction import current_group, reduced_trees
 from mlo.hypergradient import AbstractStep
-from mlo.optimizer import OptimizerState, updated
+from mlo.optimizer import OptimizerState, pulled_back, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,13 +83,13 @@ class Surroundings:
 @final
 @dataclass(frozen=True, eq=False)
 class Step(AbstractStep):
-    """One optimizer step that was taken."""
+    """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for."""
 
     level: Level
     around: Surroundings
     at: Position
     record: Record
-    gradient: Tree
+    gradient: Tree | None
 
     @property
     def start(self) -> Tree:
@@ -104,9 +105,18 @@ class Step(AbstractStep):
             buffers = {**self.around.buffers, self.level.name: self.at.buffers}
             found, _, _ = followed(self.level, self.around, self.around.values, self.start, buffers, self.record)
             gradient = connected(self.level, found)
+        else:
+            known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, {})
+            if known is not None:
+                return known[0]
+            if gradient is None:
+                gradient = take(self.level, self.at, self.around, self.record)[1].gradient
+        assert gradient is not None
+        options = options_of(self.level, self.around.skeletons, self.around.values)
 
         def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
-            return updated(optimizer, self.record.iteration, moving[""], self.at.optimizer, self.at.variables)[0], ()
+            at = self.at
+            return updated(optimizer, self.record.iteration, moving[""], at.optimizer, at.variables, options)[0], ()
 
         _, _, pull = linearise(update, {"": gradient})
         return pull(cotangent, ("",))[""]
@@ -116,50 +126,62 @@ class Step(AbstractStep):
         return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
 
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
-        """See `AbstractStep`. The update is pulled back by itself, at the gradient it was given; then that gradient is.
-
-        The update is the same in every process, and only the gradient's pullback is reduced.
-        """
+        """See `AbstractStep`. First the update is pulled back, at the gradient it was given, then that gradient."""
         level, around, optimizer = self.level, self.around, self.level.optimizer
         assert optimizer is not None
         around.tally.gradients += 1
         around.tally.products += 1
         buffers = {**around.buffers, level.name: self.at.buffers}
-        before = self.at.optimizer
 
         def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             values = {**around.values, **moving}
             found, _, _ = followed(level, around, values, moving[level.name], buffers, self.record)
             return connected(level, found), ()
 
+        live = {name: around.values[name] for name in around.live}
+        evaluated, _, pull = linearise(gradient, {level.name: self.start, **live})
+        known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
+        if (
+            known is None and current_group() is not None
+        ):  # the update is the same in every process, as its gradient was
+            evaluated = reduced_trees({"": evaluated}, self.record.batch, level.name)[0][""]
+        read = {name: live[name] for name in {option.level for _, option in reads_live(optimizer, live)}}
+        towards_gradient, before, own, options = known or self._pull_whole_update(evaluated, cotangent, moments, read)
+        pulled = pull(towards_gradient, (level.name, *live))
+        found, _ = reduced_trees(pulled, self.record.batch, level.name)
+        if level.name in found:
+            own = _tree.add(own, found[level.name])
+        upstream = {name: found[name] for name in live if name in found}
+        for name, tree in options.items():
+            upstream[name] = _tree.add(upstream[name], tree) if name in upstream else tree
+        return own, before, upstream
+
+    def _pull_whole_update(
+        self, gradient: Tree, cotangent: Tree, moments: Upstream, read: Mapping[str, Tree]
+    ) -> tuple[Tree, Upstream, Tree, Upstream]:
+        """`pulled_back`, by automatic differentiation of the update at `gradient`; also to the levels in `read`."""
+        level, optimizer, before = self.level, self.level.optimizer, self.at.optimizer
+        assert optimizer is not None
+
         def update(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             state = OptimizerState(before.count, {key: moving[_MOMENT + key] for key in before.moments})
-            after, kept = updated(optimizer, self.record.iteration, moving[_GRADIENT], state, moving[level.name])
+            seen = {**self.around.values, **{name: moving[name] for name in read}}
+            options, own = options_of(level, self.around.skeletons, seen), moving[_START]
+            after, kept = updated(optimizer, self.record.iteration, moving[_GRADIENT], state, own, options)
             return joined({"": after, **kept.moments}), ()
 
-        live = {name: around.values[name] for name in around.live}
-        again = is_recorded((self.start, *around.values.values()))
-        evaluated, _, pull_gradient = linearise(gradient, {level.name: self.start, **live})
         stood = {_MOMENT + key: moment for key, moment in before.moments.items()}
-        given = evaluated if again else self.gradient
-        result, _, pull = linearise(update, {_GRADIENT: given, level.name: self.start, **stood})
-        weights = joined({"": cotangent, **moments})
-        weights = {key: weights.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
-        pulled = pull(weights, (_GRADIENT, level.name, *stood))
-        found: Upstream = {}
-        if _GRADIENT in pulled:
-            found = pull_gradient(pulled[_GRADIENT], (level.name, *live))
-            found, _ = reduced_trees(found, self.record.batch, level.name)
-        own = [each[level.name] for each in (pulled, found) if level.name in each]
-        return (
-            _tree.total(own) if own else _tree.zeros(self.start),
-            {key: pulled[_MOMENT + key] for key in before.moments if _MOMENT + key in pulled},
-            {name: found[name] for name in live if name in found},
-        )
+        result, _, pull = linearise(update, {_GRADIENT: gradient, _START: self.start, **stood, **read})
+        given = joined({"": cotangent, **moments})
+        weights = {key: given.get(key, tensor.new_zeros(tensor.shape)) for key, tensor in _tree.named(result).items()}
+        found = pull(weights, (_GRADIENT, _START, *stood, *read))
+        own, towards_gradient = (found.get(name, _tree.zeros(self.start)) for name in (_START, _GRADIENT))
+        towards_moments = {key: found[_MOMENT + key] for key in before.moments if _MOMENT + key in found}
+        return towards_gradient, towards_moments, own, {name: found[name] for name in read if name in found}
 
 
-_MOMENT, _GRADIENT = ":", "."
-"""Before the name of a moment, and for the gradient: level names are identifiers."""
+_GRADIENT, _START, _MOMENT = "::gradient", "::start", ":"
+"""What goes into an update besides levels, whose names are identifiers; the last one before the name of a moment."""
 
 
 def joined(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
@@ -187,7 +209,8 @@ def take(level: Level, at: Position, around: Surroundings, record: Record) -> tu
     found, loss, aftermath = gradients(level, around, values, buffers, record, (level.name,))
     gradient = connected(level, found.get(level.name))
     assert level.optimizer is not None
-    variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables)
+    options = options_of(level, around.skeletons, values)
+    variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
     step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
     return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath
 

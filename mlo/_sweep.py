@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from mlo import _tree
 from mlo._errors import GraphError, Mistake
+from mlo._joint import JointResponse
+from mlo._step import joined
 
 if TYPE_CHECKING:
     from mlo._response import Response
@@ -32,30 +34,76 @@ def sweep(
     arrived = dict(cotangents)
     through: dict[str, dict[str, Tree]] = {}
     idle: set[str] = set()  # pass nothing on: their method costs nothing without steps, and there are none
-    for name in reversed(list(responses)):
-        response = responses[name]
-        if name not in arrived and any(name in responses[reader].around.live for reader in idle):
-            idle.add(name)
-            continue
-        if name not in arrived:
+    for unit in _units(upper, responses):
+        name = "+".join(unit)
+        members = [responses[player] for player in unit]
+        live = {read for member in members for read in member.around.live} - set(unit)
+        if not arrived.keys() & set(unit):
+            if any(set(unit) & set(responses[reader].around.live) for reader in idle):
+                idle.update(unit)
+                continue
             if upper not in targets:
                 continue  # what it reaches was asked for before, and found
-            reason = f"'{name}' is read neither by the objective nor by another level that is listed"
+            reason = f"'{unit[0]}' is read neither by the objective nor by another level that is listed"
             raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
-        if not response.around.live and upper not in targets:
+        if not live and upper not in targets:
             continue
         if tally is not None:
-            tally.pullbacks.append((upper, name))
-        upstream = response.level.hypergradient.pullback(response, arrived[name])
+            tally.pullbacks += [(upper, player) for player in unit]
+        upstream = _pulled(unit, responses, arrived)
         for read, cotangent in upstream.items():
             if read in targets:
                 through.setdefault(name, {})[read] = cotangent
             elif read in responses:
                 known = arrived.get(read)
                 arrived[read] = cotangent if known is None else _tree.add(known, cotangent)
-        if not response.steps and response.level.hypergradient.cost(0, response.size) == (0, 0):
-            idle.add(name)
+        first = members[0]
+        if not first.steps and first.level.hypergradient.cost(0, first.size) == (0, 0):
+            idle.update(unit)
         elif upper in targets and not any(read in targets or read in responses for read in upstream):
-            reason = f"the response of '{name}' does not reach back to '{upper}': its objective does not depend on it"
+            reason = (
+                f"the response of '{unit[0]}' does not reach back to '{upper}': its objective does not depend on it"
+            )
             raise GraphError([Mistake(upper, "subject_to", reason)])
     return through
+
+
+def _pulled(unit: tuple[str, ...], responses: Mapping[str, Response], arrived: Mapping[str, Tree]) -> Upstream:
+    """The pullback of one response, or of those of a game together; a player that nothing reads has no cotangent."""
+    method = responses[unit[0]].level.hypergradient
+    if len(unit) == 1:
+        return method.pullback(responses[unit[0]], arrived[unit[0]])
+    players = {name: responses[name] for name in unit}
+    ends = {name: response.end.variables for name, response in players.items()}
+    weights = {name: arrived[name] if name in arrived else _tree.zeros(end) for name, end in ends.items()}
+    return method.pullback(JointResponse(players), joined(weights))
+
+
+def _units(upper: str, responses: Mapping[str, Response]) -> list[tuple[str, ...]]:
+    """The responses in the order of the sweep; the players of a game that are pulled back together are one unit."""
+    unit_of = {name: _players(name, responses) for name in responses}
+    waiting = list(reversed(list(responses)))
+    if all(len(unit) == 1 for unit in unit_of.values()):
+        return [(name,) for name in waiting]
+    found: list[tuple[str, ...]] = []
+    while waiting:
+        ready = (unit_of[name] for name in waiting if not _read_by_others(unit_of[name], waiting, responses))
+        unit = next(ready, None)
+        if unit is None:
+            reason = f"{', '.join(waiting)}: one player of a game reaches another through a level between them"
+            raise GraphError([Mistake(upper, "subject_to", reason)])
+        found.append(unit)
+        waiting = [name for name in waiting if name not in unit]
+    return found
+
+
+def _players(name: str, responses: Mapping[str, Response]) -> tuple[str, ...]:
+    """The level and those it plays against, if they are pulled back together."""
+    level = responses[name].level
+    if not level.hypergradient.is_joint:
+        return (name,)
+    return tuple(other for other in responses if other == name or other in level.against)
+
+
+def _read_by_others(unit: tuple[str, ...], waiting: list[str], responses: Mapping[str, Response]) -> bool:
+    return any(set(unit) & set(responses[reader].around.live) for reader in waiting if reader not in unit)

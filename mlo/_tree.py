@@ -1,6 +1,7 @@
 """Arithmetic on trees: one tensor, or tensors by name. Written by hand: a generic tree library costs 8 % of a small step.
 
-Trees combined with each other must have the same names; the result has the first one's order.
+Trees combined with each other must have the same names; the result has the first one's order. The functions that every
+step calls spell their loops out: on small problems a call for every tensor is what they cost.
 """
 
 from __future__ import annotations
@@ -37,8 +38,19 @@ def apply(function: Callable[..., Tensor], *trees: Tree) -> Tree:
     first, *others = trees
     if not isinstance(first, Mapping):
         return function(*trees)
+    if not others:
+        return {name: function(tensor) for name, tensor in first.items()}
+    if len(others) == 1:
+        table = _table(others[0])
+        return {name: function(tensor, table[name]) for name, tensor in first.items()}
     tables = [_table(other) for other in others]
     return {name: function(tensor, *[table[name] for table in tables]) for name, tensor in first.items()}
+
+
+def _tensor(tree: Tree) -> Tensor:
+    if isinstance(tree, Mapping):
+        raise TypeError("a single tensor cannot be combined with a tree of tensors by name")
+    return tree
 
 
 def _table(tree: Tree) -> Mapping[str, Tensor]:
@@ -49,9 +61,12 @@ def _table(tree: Tree) -> Mapping[str, Tensor]:
 
 def add(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
     """tree + scale · other; `scale` is a number or a zero-dimensional tensor."""
-    if isinstance(scale, (int, float)):
-        return apply(lambda one, two: one.add(two, alpha=scale), tree, other)
-    return apply(lambda one, two: one + scale * two, tree, other)
+    if not isinstance(scale, (int, float)):
+        return apply(lambda one, two: one + scale * two, tree, other)
+    if not isinstance(tree, Mapping):
+        return tree.add(_tensor(other), alpha=scale)
+    table = _table(other)
+    return {name: tensor.add(table[name], alpha=scale) for name, tensor in tree.items()}
 
 
 def subtract(tree: Tree, other: Tree) -> Tree:
@@ -61,7 +76,7 @@ def subtract(tree: Tree, other: Tree) -> Tree:
 
 def scale(tree: Tree, *, by: float | Tensor) -> Tree:
     """by · tree."""
-    return apply(lambda tensor: tensor * by, tree)
+    return {name: tensor * by for name, tensor in tree.items()} if isinstance(tree, Mapping) else tree * by
 
 
 def zeros(tree: Tree) -> Tree:
@@ -71,7 +86,7 @@ def zeros(tree: Tree) -> Tree:
 
 def detach(tree: Tree) -> Tree:
     """`tree` without its history."""
-    return apply(lambda tensor: tensor.detach(), tree)
+    return {name: tensor.detach() for name, tensor in tree.items()} if isinstance(tree, Mapping) else tree.detach()
 
 
 def inner(tree: Tree, other: Tree) -> Tensor:
@@ -85,9 +100,15 @@ def norm(tree: Tree) -> Tensor:
     return _sum([tensor.square().sum() for tensor in leaves(tree)]).sqrt()
 
 
-def sum_of(tree: Tree) -> Tensor:
-    """The sum of all entries, a zero-dimensional tensor: finite if they are, short of overflow."""
-    return _sum([tensor.sum() for tensor in leaves(tree)])
+def alike(tree: Tree, other: Tree) -> bool:
+    """Whether the two have the same names, and under each a tensor of the same shape, type and device."""
+    if isinstance(tree, Mapping) != isinstance(other, Mapping):
+        return False
+    one, two = named(tree), named(other)
+    return one.keys() == two.keys() and all(
+        (tensor.shape, tensor.dtype, tensor.device) == (two[name].shape, two[name].dtype, two[name].device)
+        for name, tensor in one.items()
+    )
 
 
 def size(tree: Tree) -> int:

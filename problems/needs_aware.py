@@ -26,7 +26,7 @@ from problems.blocks.need import class_losses, class_need, relaxed_bernoulli
 from problems.blocks.scores import classification_scores, generation_scores, per_class_table
 from problems.blocks.streams import Jittered
 
-Need: TypeAlias = Literal["sampled", "relaxed", "literal", "equal", "reciprocal"]
+Need: TypeAlias = Literal["sampled", "score_function", "relaxed", "literal", "equal", "reciprocal"]
 Head: TypeAlias = Literal["meta", "own"]
 Batch: TypeAlias = Mapping[str, Any]
 
@@ -150,7 +150,10 @@ def refinement(counts: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
           readings: Eq. 4 draws o_m ~ p and weights it by b_m with E[b_m] ≈ p(o_m), which counts p twice, and the paper's
           own counts follow p once. `sampled`: o_m ~ p with p held fixed, weight p(o_m)/stop(p(o_m)), which is 1 and
           carries the gradient into W1'; `relaxed`: o_m uniform, weight b_m, normalised by their sum; `literal`: o_m ~ p,
-          weight b_m, as printed. Baselines: `equal`, all classes alike; `reciprocal`, ∝ 1/n_c.
+          weight b_m, as printed. `score_function` is `sampled`, value for value, with the policy gradient that App. F
+          proposes for what cannot be differentiated: (L_m − c_m) ∇log p(o_m), c_m being the mean loss of the other images
+          (`sampled` has c_m = 0). What o_m does to other images' losses through batch statistics is credited in neither.
+          Baselines: `equal`, all classes alike; `reciprocal`, ∝ 1/n_c.
         - `temperature`: T of b_m.
         - `head`: `meta`, or `own` where W1 and W2 are whole networks.
         """
@@ -164,7 +167,10 @@ def refinement(counts: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
         logits = values["meta"](outputs) if head == "meta" else outputs
         on_real, on_generated = logits.split([len(real["labels"]), len(classes)])
         real_loss = cross_entropy(on_real, real["labels"])
-        generated_loss = (weights * cross_entropy(on_generated, classes, reduction="none")).mean()
+        losses = weights * cross_entropy(on_generated, classes, reduction="none")
+        if need == "score_function":
+            losses = mlo.score_function(losses, p[classes].log(), baseline=_others(losses))
+        generated_loss = losses.mean()
         measured = {
             "real_loss": real_loss,
             "generated_loss": generated_loss,
@@ -220,10 +226,17 @@ def _draw(p: Tensor, uniforms: Tensor) -> Tensor:
 
 def _weights(p: Tensor, gumbel: Tensor, need: Need, temperature: float) -> Tensor:
     """The weight of each generated image, [M], from its class's p."""
+    if need == "score_function":
+        return torch.ones_like(p)
     if need in ("sampled", "equal", "reciprocal"):
         return p / p.detach()
     b = relaxed_bernoulli(p, gumbel, temperature)
     return b * len(b) / b.sum() if need == "relaxed" else b
+
+
+def _others(losses: Tensor) -> Tensor:
+    """The mean of all other losses, [M]: independent of the choice behind each, as images are drawn one by one."""
+    return (losses.sum() - losses) / max(1, len(losses) - 1)
 
 
 def _union(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, final
 
 from mlo import _structure
-from mlo.spec import Choice, Epochs, LevelSpec, Spec
+from mlo.optimizer import options_read
+from mlo.spec import Choice, Epochs, LevelSpec, Spec, optimizer_of
 
 Kind: TypeAlias = Literal["given", "subject_to", "against"]
 MEANING: Mapping[Kind, str] = {
@@ -28,6 +29,7 @@ class Facts:
     batch: str | None
     timing: str | None
     optimizer: str | None
+    reads: str | None
     method: str | None
     start: str | None
     holds: tuple[str, ...]
@@ -97,10 +99,17 @@ def _facts(level: LevelSpec, spec: Spec) -> Facts:
         batch=", ".join(batch) if batch else None,
         timing=None if level.frozen else _timing(level),
         optimizer=None if level.frozen else choice(level.optimizer),
+        reads=", ".join(_reads(level)) or None,
         method=None if level.frozen or not pulled else choice(level.hypergradient) or "unroll",
         start=start.name if start is not None else None,
         holds=tuple(" → ".join(path) for path in paths),
     )
+
+
+def _reads(level: LevelSpec) -> list[str]:
+    """`learning_rate ← rates.learning_rate`: what its optimizer reads from other levels."""
+    made = optimizer_of(level.optimizer)
+    return list(dict.fromkeys(f"{path[-1]} ← {read}" for path, read in options_read(made))) if made else []
 
 
 def _timing(level: LevelSpec) -> str:

@@ -29,6 +29,7 @@ def _rows(level: Facts, spec: Spec) -> list[tuple[str, str]]:
         ("⇐ subject to", ", ".join(written.subject_to)),
         ("↔ against", ", ".join(written.against)),
         ("moves", "never: a constant" if level.frozen else f"{level.timing} of {level.optimizer}"),
+        ("its optimizer reads", level.reads),
         ("pulled back by", level.method),
         ("holds fixed", "; ".join(level.holds)),
         ("constraints", ", ".join(f"{name}: {kind}" for name, kind in written.constraints.items())),

@@ -19,7 +19,9 @@ from mlo.optimizer import OptimizerState
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 2
+    from mlo._state import Memory
+
+FORMAT = 3
 _START_OVER = "to start over, remove the folder 'checkpoint'"
 
 
@@ -56,6 +58,7 @@ def save(folder: Path, name: str, checkpoint: Checkpoint, *, spec_hash: str, sel
             "values": state.values,
             "buffers": state.buffers,
             "optimizers": {level: memory.moments for level, memory in state.optimizers.items()},
+            "memory": _by_upper(state.memory),
             "totals": checkpoint.totals,
             "generators": checkpoint.generators,
         }
@@ -142,7 +145,7 @@ def restored(folder: Path, record: Record, *, device: str = "cpu") -> Checkpoint
         raise Refused(f"{path}: cannot be read: {error}; {_START_OVER}") from None
     moved = {
         kind: tree[kind] if kind == "generators" else _on(device, tree[kind])
-        for kind in ("values", "buffers", "optimizers", "totals", "generators")
+        for kind in ("values", "buffers", "optimizers", "memory", "totals", "generators")
     }
     optimizers = {
         level: OptimizerState(count=count, moments=moved["optimizers"][level])
@@ -154,6 +157,7 @@ def restored(folder: Path, record: Record, *, device: str = "cpu") -> Checkpoint
         optimizers=optimizers,
         iteration=record["iteration"],
         seed=record["seed"],
+        memory={(upper, level): trees for upper, below in moved["memory"].items() for level, trees in below.items()},
     )
     return Checkpoint(state=state, totals=moved["totals"], generators=moved["generators"], gathered=record["gathered"])
 
@@ -164,6 +168,14 @@ def iteration_of(folder: Path, name: str = "latest") -> int | None:
         return int(json.loads((folder / f"{name}.json").read_bytes())["iteration"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _by_upper(memory: Memory) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """By the upper level and then by the level, in place of pairs."""
+    nested: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for (upper, level), trees in memory.items():
+        nested.setdefault(upper, {})[level] = trees
+    return nested
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -34,10 +34,10 @@ def follow(spec: Spec, processes: Processes) -> Path:
                 case "start":
                     follow(spec.starts[order["level"]], processes)
                 case "probe":
-                    state = processes.follow(order, graph.init(seed=spec.seed))
+                    state = processes.follow(order)
                     graph.probe(state, source.all_batches(graph.levels, 1))
                 case "iterate":
-                    _iterate(assembly, source, processes, processes.follow(order, graph.init(seed=spec.seed)))
+                    _iterate(assembly, source, processes, processes.follow(order))
                 case "fail" if order["code"] == 130:
                     raise KeyboardInterrupt
                 case "fail":

@@ -31,6 +31,7 @@ def plain(metrics: Metrics) -> dict[str, Any]:
     tensors = [*metrics.losses.values()]
     for each in norms.values():
         tensors += (each.total, each.direct, each.indirect, *each.through.values())
+        tensors += () if each.cosine is None else (each.cosine,)
     for report in metrics.reports.values():
         tensors += report.values()
     number = iter(_numbers(tensors))
@@ -42,6 +43,7 @@ def plain(metrics: Metrics) -> dict[str, Any]:
                 "direct": next(number),
                 "indirect": next(number),
                 "through": {name: next(number) for name in each.through},
+                **({} if each.cosine is None else {"cosine": next(number)}),
             }
             for upper, each in norms.items()
         },

@@ -100,6 +100,7 @@ class Loop:
         if self._evaluates(iteration):
             found = evaluate(self.assembly, state, standing.totals, "validation", complete=False).metrics
             standing = standing.judged(found)
+        warned = standing.warned_since(self.standing)
         with self.stop.keeping():
             self.standing = standing
             log.write(iteration, entry, seconds=self._seconds())
@@ -107,6 +108,8 @@ class Loop:
                 log.write(iteration, {"evaluation": finite(found)}, seconds=self._seconds())
             if iteration % self.assembly.checkpoint_every == 0:
                 self._save(log)
+        for text in warned:
+            progress.say(f"warning: {text}")
         progress.update(iteration, entry)
         if found is not None:
             where = f"{self.assembly.spec.name} {iteration}/{self.assembly.iterations}"

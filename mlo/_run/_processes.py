@@ -13,7 +13,7 @@ import pickle
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from math import gcd
@@ -87,23 +87,42 @@ class Processes:
 
     def lead(self, do: str, state: State) -> None:
         """The first process: begin something that all do together, from `state` and from its random generators."""
-        if self.store is not None:
-            counts = {level: memory.count for level, memory in state.optimizers.items()}
-            generators, threads = _generators.capture(), torch.get_num_threads()
-            self.tell(do=do, iteration=state.iteration, counts=counts, generators=generators, threads=threads)
-            self._sent(state)
+        if self.store is None:
+            return
+        flat = _tensors.flat(_trees(state))
+        self.tell(
+            do=do,
+            iteration=state.iteration,
+            seed=state.seed,
+            counts={level: memory.count for level, memory in state.optimizers.items()},
+            tensors={path: None if each is None else (each.shape, each.dtype) for path, each in flat.items()},
+            generators=_generators.capture(),
+            threads=torch.get_num_threads(),
+        )
+        for tensor in flat.values():
+            if tensor is not None:
+                self._sent(tensor.contiguous())
 
-    def follow(self, order: Mapping[str, Any], declared: State) -> State:
-        """The others: the state that the first one leads with, shaped like `declared`."""
+    def follow(self, order: Mapping[str, Any]) -> State:
+        """The others: the state that the first one leads with."""
         torch.set_num_threads(order["threads"])  # sums of many numbers depend on it
         _generators.restore(order["generators"])
-        tree = self._sent(declared)
-        optimizers = {
-            level: OptimizerState(order["counts"][level], tree["moments"][level]) for level in declared.optimizers
+        described = {path: each for path, each in order["tensors"].items() if each is not None}
+        found = {
+            path: self._sent(torch.empty(shape, dtype=dtype, device=self.device))
+            for path, (shape, dtype) in described.items()
         }
-        values = {level: tree["values"][level] for level in declared.values}
-        buffers = {level: tree["buffers"][level] for level in declared.buffers}
-        return replace(declared, values=values, buffers=buffers, optimizers=optimizers, iteration=order["iteration"])
+        tree = _tensors.nested(found, order["tensors"])
+        return State(
+            values=tree["values"],
+            buffers=tree["buffers"],
+            optimizers={
+                level: OptimizerState(count, tree["moments"][level]) for level, count in order["counts"].items()
+            },
+            iteration=order["iteration"],
+            seed=order["seed"],
+            memory={(upper, level): each for upper, below in tree["memory"].items() for level, each in below.items()},
+        )
 
     def agree(self, word: Word) -> Word:
         """The largest of what all say."""
@@ -189,13 +208,10 @@ class Processes:
             time.sleep(0.02)
         return True
 
-    def _sent(self, state: State) -> dict[str, Any]:
-        """The tensors of `state` as the first process has them."""
-        flat = _tensors.flat(_trees(state))
-        sent = {path: tensor.contiguous().clone() for path, tensor in flat.items() if tensor is not None}
-        for tensor in sent.values():
-            _with_others(lambda tensor=tensor: distributed.broadcast(tensor, 0))
-        return _tensors.nested(sent, flat)
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """`tensor` as the first process has it."""
+        _with_others(lambda: distributed.broadcast(tensor, 0))
+        return tensor
 
 
 _SAID = "said"
@@ -277,7 +293,10 @@ def _with_others(act: Callable[[], T]) -> T:
 
 def _trees(state: State) -> dict[str, Mapping[str, Any]]:
     moments = {level: memory.moments for level, memory in state.optimizers.items()}
-    return {"values": state.values, "buffers": state.buffers, "moments": moments}
+    remembered: dict[str, dict[str, Any]] = {}
+    for (upper, level), trees in state.memory.items():
+        remembered.setdefault(upper, {})[level] = trees
+    return {"values": state.values, "buffers": state.buffers, "moments": moments, "memory": remembered}
 
 
 def _digest(tree: Any) -> int:

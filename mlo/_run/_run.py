@@ -222,6 +222,7 @@ class _Life:
             tables=verdict.tables,
             starts=start_folders(self.assembly.spec, self.cache),
             negative_curvature=loop.standing.negative_curvature(),
+            warnings=loop.standing.warnings,
             seconds=time.monotonic() - began,
             processes=self.processes.size,
         )

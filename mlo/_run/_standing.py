@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 from mlo._graph import Cost
 from mlo._run._checkpoint import Checkpoint
 from mlo._run._evaluate import Selection
+from mlo._run._warnings import warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ class Standing:
     - `counts`: what it has cost.
     - `norms`: by upper level, how many updates, and the sums of the norms of its hypergradient's parts.
     - `curvature`: by level, of how many pullbacks its method has reported the curvature, and how often it was negative.
+    - `warnings`: by level and kind, the first of each.
     - `selection`: which state is the best, and `best`, that state; None while none is.
     """
 
@@ -36,6 +38,7 @@ class Standing:
     counts: Cost = field(default_factory=lambda: Cost(0, 0, 0))
     norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, "Mapping[str, Any]"])
     curvature: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    warnings: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, "Mapping[str, str]"])
     best: Checkpoint | None = None
 
     def after(self, state: State, metrics: Metrics, entry: Mapping[str, Any], levels: Mapping[str, Level]) -> Standing:
@@ -55,7 +58,22 @@ class Standing:
                 if "negative_curvature" in report:
                     seen, negative = curvature.get(level, (0, 0))
                     curvature[level] = (seen + 1, negative + (report["negative_curvature"] > 0))
-        return replace(self, state=state, totals=totals, counts=counts, norms=norms, curvature=curvature)
+        given = dict(self.warnings)
+        for level, kind, text in warnings(entry, state.iteration):
+            known = given.get(level, {})
+            given[level] = known if kind in known else {**known, kind: text}
+        return replace(
+            self, state=state, totals=totals, counts=counts, norms=norms, curvature=curvature, warnings=given
+        )
+
+    def warned_since(self, before: Standing) -> list[str]:
+        """The warnings that are new."""
+        return [
+            text
+            for level, given in self.warnings.items()
+            for kind, text in given.items()
+            if kind not in before.warnings.get(level, {})
+        ]
 
     def judged(self, found: Mapping[str, float]) -> Standing:
         """The same, after an evaluation that may have made it the best."""
@@ -71,6 +89,7 @@ class Standing:
             "counts": list(self.counts),
             "norms": self.norms,
             "curvature": self.curvature,
+            "warnings": self.warnings,
             "selection": selection,
             **more,
         }
@@ -87,6 +106,7 @@ class Standing:
             counts=Cost(*gathered["counts"]),
             norms=gathered["norms"],
             curvature={level: (seen, negative) for level, (seen, negative) in gathered.get("curvature", {}).items()},
+            warnings=gathered["warnings"],
             best=best,
         )
 
@@ -102,7 +122,7 @@ class Standing:
         }
 
     def negative_curvature(self) -> Mapping[str, Any]:
-        """For each level where conjugate gradients met negative curvature, in how many of how many pullbacks."""
+        """For each level where a method met negative curvature, in how many of how many pullbacks."""
         return {
             level: {"pullbacks": seen, "negative": negative}
             for level, (seen, negative) in self.curvature.items()

@@ -31,6 +31,7 @@ def summarise(
     tables: tuple[Table, ...],
     starts: Mapping[str, str],
     negative_curvature: Mapping[str, Any],
+    warnings: Mapping[str, Mapping[str, str]],
     seconds: float,
     processes: int,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def summarise(
         "metrics": dict(metrics),
         "norms": norms,
         "negative_curvature": negative_curvature,
+        "warnings": warnings,
         "counts": counts._asdict(),
         "predicted_counts": assembly.graph.cost(assembly.iterations)._asdict(),
         "tables": [
@@ -93,10 +95,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: Path, *,
         line = f"‖d {upper}‖, mean of {norms['updates']} updates: direct {norms['direct']:.3g}  {through}"
         say(line.rstrip())
     for level, met in summary["negative_curvature"].items():
-        say(
-            f"conjugate gradients met negative curvature in {met['negative']:,} of {met['pullbacks']:,} pullbacks "
-            f"of '{level}'"
-        )
+        say(f"negative curvature in {met['negative']:,} of {met['pullbacks']:,} pullbacks of '{level}'")
     say(f"{_counted(summary['counts'], summary['predicted_counts'])} in {summary['seconds']:.1f} s")
     say(f"{folder}")
 

@@ -10,6 +10,7 @@ from mlo import _structure
 from mlo._draw._facts import choice
 from mlo._run._batches import Source
 from mlo.hypergradient import ConjugateGradient, Implicit
+from mlo.optimizer import options_read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,9 @@ def describe(assembly: Assembly, console: Console) -> None:
     lines.append(f"run order: {' → '.join(graph.order)}")
     for name in graph.order:
         lines += _upper_lines(assembly.spec, graph, name)
+    for name, level in graph.levels.items():
+        reads = [f"{path[-1]} ← {read}" for path, read in options_read(level.optimizer)] if level.optimizer else []
+        lines += [f"{name}'s optimizer reads: {', '.join(dict.fromkeys(reads))}"] if reads else []
     frozen = [name for name, level in graph.levels.items() if level.frozen]
     if frozen:
         lines.append(f"constant: {', '.join(frozen)}")

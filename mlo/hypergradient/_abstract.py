@@ -24,11 +24,16 @@ class Tape(NamedTuple):
     """What a level keeps of the steps it takes, counted from the last one back.
 
     - `recorded`: steps whose graph is kept while they are taken, to be differentiated in one sweep.
-    - `kept`: steps of which only start, gradient and draws are kept, to be evaluated again.
+    - `kept`: steps of which only start and draws are kept, to be evaluated again; of the last one its gradient too.
+    - `every`: of the starts of these only one in so many is kept, and the others are found by taking the steps again: one
+      more gradient for each of them, memory for kept/every + every starts. Not together with `recorded`.
+    - `forward`: whether a tangent for every number that is read is carried along.
     """
 
     recorded: int
     kept: int
+    every: int = 1
+    forward: bool = False
 
 
 class Nesting(NamedTuple):
@@ -42,6 +47,7 @@ class Nesting(NamedTuple):
     - `compares`: whether it evaluates the gradient where the level's own variables are moved.
     - `symmetric`: whether it is symmetric in the Hessian, so that the Jacobian of the total gradient is too.
     - `needs_symmetry`: whether it is wrong where the Jacobian of the gradient it inverts is not symmetric.
+    - `needs_objective`: why it cannot pull back a level that follows a total gradient, or None.
     - `recording`: what it costs more where it is recorded.
     - `again`: what one derivative of it costs, of itself and of the response.
     """
@@ -51,6 +57,7 @@ class Nesting(NamedTuple):
     compares: bool = False
     symmetric: bool = True
     needs_symmetry: bool = False
+    needs_objective: str | None = None
     recording: Cost = Cost(0, 0)
     again: Cost = Cost(0, 0)
 
@@ -69,9 +76,32 @@ class AbstractHypergradient(ABC):
     def cost(self, steps: int, size: int) -> Cost:
         """What one pullback costs beyond the steps themselves; an upper bound where there is a tolerance."""
 
+    def cost_of_reads(self, steps: int, numbers: int) -> Cost:
+        """What it costs besides, for so many numbers in the levels that are read: nothing but for special methods."""
+        return Cost(0, 0)
+
     @abstractmethod
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """Why a response of `optimizer` cannot be pulled back like this, or None."""
+
+    @property
+    def follows_optimizer(self) -> bool:
+        """Whether it differentiates the steps themselves, and so the options of the optimizer that are read from a level.
+
+        False unless a method says otherwise: it is then refused where such an option would have to be differentiated.
+        True is right for what is made of `pull_recorded` or `replay` alone.
+        """
+        return False
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it asks for derivatives of the level's objective in what it reads."""
+        return True
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether levels that play against each other are pulled back together."""
+        return False
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """What matters where this pullback, of `steps` steps of a level with `size` numbers, is part of a nest."""
@@ -109,6 +139,24 @@ class AbstractResponse(ABC):
     @abstractmethod
     def taken(self) -> Sequence[AbstractStep]:
         """The steps that were kept, in the order in which they were taken; the last one always is, if there is one."""
+
+    @abstractmethod
+    def contract(self, cotangent: Tree) -> Upstream:
+        """(∂w*/∂u)ᵀ λ from the tangents that were carried along (`Tape.forward`). No pass at all."""
+
+    @abstractmethod
+    def directions(self, count: int | None) -> Sequence[Upstream]:
+        """Orthonormal directions in all numbers that are read together: random ones, or one number at a time.
+
+        `count` is how many; None, or as many as there are numbers, stands for one number at a time.
+        """
+
+    @abstractmethod
+    def retaken(self, direction: Upstream, *, scale: float) -> Tree:
+        """Where the same steps lead, with the same draws, where the levels read are moved by scale · direction.
+
+        Choices made from values are made anew. One gradient a step.
+        """
 
     @abstractmethod
     def linearise(self) -> AbstractLinearisation:
@@ -166,6 +214,39 @@ class AbstractLinearisation(ABC):
     @abstractmethod
     def dense_solve(self, cotangent: Tree, *, damping: float) -> Tree:
         """(∂²f/∂w² + damping · I)⁻¹ λ with the whole matrix; not a number where it is singular. n products."""
+
+    @abstractmethod
+    def nystrom_solve(self, cotangent: Tree, *, rank: int, damping: float) -> Tree:
+        """(H̃ + damping · I)⁻¹ λ for the Nyström approximation H̃ of ∂²f/∂w² from `rank` random directions.
+
+        With Ω an orthonormal basis of the span of `normal(0)`, …, `normal(rank − 1)`: H̃ = HΩ (ΩᵀHΩ)⁺ ΩᵀH. Reports
+        `lambda_max`, the largest eigenvalue of H̃, and `negative_curvature`. min(rank, n) products.
+        """
+
+    @abstractmethod
+    def pull_update(self, cotangent: Tree) -> Tree:
+        """(∂w'/∂g)ᵀ λ of the last step the optimizer took, moments and all. There must have been one."""
+
+    @abstractmethod
+    def normal(self, index: int) -> Tree:
+        """Standard normal numbers shaped like the level's variables: the same for the same iteration, seed and index.
+
+        No generator but their own is touched, and every tensor's numbers depend on its name and not on its place.
+        """
+
+    @abstractmethod
+    def recall(self, name: str) -> Tree | None:
+        """What the last iteration that pulled this level back for this upper level remembered as `name`.
+
+        None where there is nothing, where it is not shaped like the level's variables, and inside a transform.
+        """
+
+    @abstractmethod
+    def remember(self, name: str, tree: Tree) -> None:
+        """Keep `tree`, shaped like the level's variables, in `State.memory`; the last one of an iteration stays.
+
+        Nothing is kept by `Graph.hypergradient`, which has no state to give back, nor inside a transform.
+        """
 
     @abstractmethod
     def is_false(self, flag: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
@@ -10,7 +11,11 @@ from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlo._types import Tree
+
+_SOLUTION = "solution"
 
 
 @final
@@ -20,17 +25,25 @@ class ConjugateGradient(AbstractInverse):
 
     For H ≻ 0 with condition κ, after k iterations ‖q − H⁻¹λ‖_H ≤ 2((√κ − 1)/(√κ + 1))ᵏ ‖H⁻¹λ‖_H. Along a direction p with
     pᵀHp ≤ 0 there is no minimum: it stops with the iterate it has, and reports `negative_curvature` 1. Also reports
-    `residual`, ‖λ − Hq‖/‖λ‖, and `iterations`. λ = 0 gives q = 0; a product that is not finite gives NaN. Costs one
-    Hessian product an iteration.
+    `residual`, ‖λ − Hq‖/‖λ‖, `iterations`, and where it took any `lambda_max` and `lambda_min`, the largest and the least
+    Rayleigh quotient of its directions, which lie within the spectrum of H + damping · I. λ = 0 gives q = 0; a product that
+    is not finite gives NaN. Costs one Hessian product an iteration.
+
+    Warm, it begins at the best point on the line through the solution q₋ that the last iteration of the graph has left in
+    `State.memory`, t q₋ with t = λᵀq₋/q₋ᵀHq₋, which is never farther from H⁻¹λ in ‖·‖_H than 0 is; that costs one more
+    product. What is solved is the same, to the same tolerance. Stopped before that by `iterations`, q depends on q₋ too,
+    and is not linear in λ; nor is that of a cold start, whose directions depend on λ.
 
     - `iterations`: at most so many.
-    - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32.
+    - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32. 0 goes on to 1e-30, or 1e-14.
     - `damping`: δ ≥ 0, in units of curvature.
+    - `warm_start`: true or false.
     """
 
     iterations: int
     tolerance: float | None = None
     damping: float = 0.0
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -41,8 +54,8 @@ class ConjugateGradient(AbstractInverse):
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
     def products(self, size: int) -> int:
-        """At most one an iteration."""
-        return self.iterations
+        """At most one an iteration, and one for a warm start."""
+        return self.iterations + self.warm_start
 
     @property
     def needs_symmetry(self) -> bool:
@@ -55,18 +68,32 @@ class ConjugateGradient(AbstractInverse):
 
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
         """See the class. Stopping is a mask, so that it works under `vmap`; where it can be looked at, work stops too."""
-        solution, residual, direction = _tree.zeros(cotangent), cotangent, cotangent
+        solution, residual = _tree.zeros(cotangent), cotangent
         square = length = _tree.inner(cotangent, cotangent)
         stop = self._tolerance(cotangent) ** 2 * length
-        going = square > stop
-        flat = going & ~going
+        flat = going = square < 0  # false
         broken = ~square.isfinite()
+        quotients: list[tuple[Tensor, Tensor]] = []  # of Rayleigh, and where they were taken
+        before = at.recall(_SOLUTION) if self.warm_start else None
+        if before is not None:
+            image = self._image(at, before)
+            curvature = _tree.inner(before, image)
+            width = _tree.inner(before, before)
+            flat = (curvature <= 0) & (width > 0)
+            quotients.append((curvature / width, width > 0))
+            broken = broken | ~curvature.isfinite()
+            size = (_tree.inner(cotangent, before) / curvature).where(curvature > 0, 0.0)
+            solution, residual = _tree.scale(before, by=size), _tree.add(cotangent, image, scale=-size)
+            square = _tree.inner(residual, residual)
+        direction, width = residual, square
+        going = square > stop
         used = going.to(square.dtype) * 0
         for _ in range(self.iterations):
             if at.is_false(going):
                 break
-            image = _tree.add(at.hessian(direction), direction, scale=self.damping)
+            image = self._image(at, direction)
             curvature = _tree.inner(direction, image)
+            quotients.append((curvature / width, going))
             flat = flat | (going & (curvature <= 0))
             broken = broken | (going & ~curvature.isfinite())
             going = going & (curvature > 0)
@@ -76,6 +103,7 @@ class ConjugateGradient(AbstractInverse):
             after = _tree.inner(residual, residual)
             turn = (after / square).where(going, 0.0)
             direction = _tree.add(residual, direction, scale=turn)
+            width = after + turn * turn * width  # ‖direction‖², for the residual is orthogonal to the one before
             used = used + going.to(used.dtype)
             square = after.where(going, square)
             going = going & (square > stop)
@@ -86,9 +114,30 @@ class ConjugateGradient(AbstractInverse):
         at.report("residual", (square / (length + (length == 0))).sqrt())
         at.report("iterations", used)
         at.report("negative_curvature", flat.to(square.dtype))
+        if quotients:
+            taken = [quotient.where(where, float("nan")) for quotient, where in quotients]
+            for name, found in (("lambda_max", reduce(_largest, taken)), ("lambda_min", reduce(_least, taken))):
+                at.report(name, found.where(~found.isnan(), 0.0))
+        if self.warm_start:
+            at.remember(_SOLUTION, solution)
         return solution
 
+    def _image(self, at: AbstractLinearisation, direction: Tree) -> Tree:
+        image = at.hessian(direction)
+        return _tree.add(image, direction, scale=self.damping) if self.damping else image
+
     def _tolerance(self, cotangent: Tree) -> float:
-        if self.tolerance is not None:
-            return self.tolerance
-        return 1e-12 if _tree.leaves(cotangent)[0].element_size() == 8 else 1e-6
+        wide = _tree.leaves(cotangent)[0].element_size() == 8
+        if self.tolerance is not None:  # squares far below would underflow, and look like a lack of curvature
+            return max(self.tolerance, 1e-30 if wide else 1e-14)
+        return 1e-12 if wide else 1e-6
+
+
+def _largest(one: Tensor, other: Tensor) -> Tensor:
+    """Of those that are numbers."""
+    return one.fmax(other)
+
+
+def _least(one: Tensor, other: Tensor) -> Tensor:
+    """Of those that are numbers."""
+    return one.fmin(other)

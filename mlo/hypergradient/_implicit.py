@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from mlo import _tree
 from mlo.hypergradient._abstract import (
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 class AbstractInverse(AbstractHypergradient):
     """An approximate inverse of the Hessian H of what a level's optimizer minimises, f with its L2 decay.
 
-    By itself it is a hypergradient method: `Implicit` with the exact cross product.
+    By itself it is a hypergradient method: `Implicit` with the exact cross product. `solve` needs not be differentiable, and
+    may be called with any cotangent: what it remembers and reports is all that it leaves.
     """
+
+    needs_step: ClassVar[bool] = False
+    """Whether it uses the step that led to the response, and without one contributes nothing."""
 
     @abstractmethod
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
@@ -79,7 +83,7 @@ class Implicit(AbstractHypergradient):
     a response that has not been reached. Costs one gradient, the products of the inverse and those of the cross product.
     An optimizer whose decay is decoupled (AdamW) does not minimise f, and is refused.
 
-    - `inverse`: `Neumann`, `ConjugateGradient`, `Exact` or `FirstOrder`.
+    - `inverse`: `Neumann`, `ConjugateGradient`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
     - `cross`: `ExactCross` or `CentralDifference`.
     """
 
@@ -92,6 +96,8 @@ class Implicit(AbstractHypergradient):
 
     def cost(self, steps: int, size: int) -> Cost:
         """One gradient to linearise, then products."""
+        if self.inverse.needs_step and not steps:
+            return Cost(gradients=0, products=0)
         crossing = self.cross.cost
         return Cost(gradients=1 + crossing.gradients, products=self.inverse.products(size) + crossing.products)
 
@@ -114,6 +120,8 @@ class Implicit(AbstractHypergradient):
 
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class."""
+        if self.inverse.needs_step and not response.steps:
+            return {}
         at = response.linearise()
         found = self.cross.product(at, at.inverse(self.inverse.solve, cotangent))
         return {name: _tree.scale(tree, by=-1.0) for name, tree in found.items()}

@@ -8,5 +8,8 @@ from mlo.optimizer._apply import initial as initial
 from mlo.optimizer._apply import is_decoupled as is_decoupled
 from mlo.optimizer._apply import l2_decays as l2_decays
 from mlo.optimizer._apply import updated as updated
+from mlo.optimizer._pullback import pulled_back as pulled_back
+from mlo.optimizer._read import Read as Read
+from mlo.optimizer._read import options_read as options_read
 from mlo.optimizer._rmsprop import RMSprop as RMSprop
 from mlo.optimizer._sgd import SGD as SGD

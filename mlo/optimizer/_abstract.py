@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, final
 
-from mlo.schedule._abstract import AbstractSchedule, Number, bounds_of
+from mlo.optimizer._read import Option, Read
+from mlo.schedule._abstract import AbstractSchedule, bounds_of
 
 if TYPE_CHECKING:
     from mlo._types import Tree
+    from mlo.optimizer._arithmetic import Setting
 
 Groups: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Options that differ for some parameters, by a pattern of their names."""
@@ -43,12 +45,14 @@ class AbstractOptimizer(ABC):
     - `groups`: other options for parameters whose name matches a pattern, `{"*.bias": {"weight_decay": 0}}`; the first
       pattern that matches wins.
 
-    Any option that is a number may be a schedule. `update` is of an optimizer without any, as `mlo.optimizer.updated` makes
-    it for an iteration.
+    Any option that is a number may be a schedule, or a `Read`: then it is read from a level, and a step is differentiable in
+    it. `update` is of an optimizer without any, as `mlo.optimizer.updated` makes it for an iteration: where an option was
+    read it holds the tensor, zero-dimensional or shaped like the parameter. Where options differ between parameters, each
+    is updated by itself.
     """
 
-    clip_norm: Number | None
-    clip_value: Number | None
+    clip_norm: Option | None
+    clip_value: Option | None
     groups: Groups | None
 
     @abstractmethod
@@ -61,7 +65,7 @@ class AbstractOptimizer(ABC):
 
     @property
     @abstractmethod
-    def l2_decay(self) -> Number | None:
+    def l2_decay(self) -> Option | None:
         """The d for which it minimises f + d/2 ‖w‖²; None for a decay that is decoupled, and belongs to no objective.
 
         Groups may have others: see `mlo.optimizer.l2_decays`.
@@ -71,7 +75,7 @@ class AbstractOptimizer(ABC):
 def check_shared(optimizer: AbstractOptimizer) -> None:
     """Raise ValueError where one of the options that all optimizers have is wrong."""
     for name in ("clip_norm", "clip_value"):
-        value: Number | None = getattr(optimizer, name)
+        value: Option | None = getattr(optimizer, name)
         if value is not None:
             positive(name, value)
     options = [each.name for each in dataclasses.fields(cast("Any", optimizer)) if each.name not in SHARED]
@@ -93,30 +97,38 @@ def member(optimizer: AbstractOptimizer, pattern: str) -> AbstractOptimizer:
     return changed
 
 
-def plain(option: Number) -> float:
-    """An option of an optimizer that was made for an iteration: none of them is a schedule any more."""
-    if isinstance(option, AbstractSchedule):
+def plain(option: Option) -> Setting:
+    """An option of an optimizer that was made for an iteration: none of them is a schedule any more, or to be read."""
+    if isinstance(option, AbstractSchedule | Read):
         raise TypeError(
-            "an optimizer with schedules takes steps through mlo.optimizer.updated, which knows the iteration"
+            "an optimizer with schedules, or with options that are read, takes steps through mlo.optimizer.updated, which "
+            "knows the iteration and the levels"
         )
     return option
 
 
-def positive(name: str, value: Number) -> None:
-    """Raise ValueError unless `value` > 0. A schedule may reach 0, as an annealed learning rate does at its end."""
+def positive(name: str, value: Option) -> None:
+    """Raise ValueError unless `value` > 0. A schedule may reach 0, as an annealed learning rate does at its end.
+
+    What is read from a level is the business of that level's constraints, here and below.
+    """
+    if isinstance(value, Read):
+        return
     least, greatest = bounds_of(value)
     if not (greatest > 0 and (least > 0 or (least == 0 and isinstance(value, AbstractSchedule)))):
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def at_least_zero(name: str, value: Number) -> None:
+def at_least_zero(name: str, value: Option) -> None:
     """Raise ValueError unless `value` ≥ 0."""
-    if not bounds_of(value)[0] >= 0:
+    if not isinstance(value, Read) and not bounds_of(value)[0] >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def fraction(name: str, value: Number) -> None:
+def fraction(name: str, value: Option) -> None:
     """Raise ValueError unless 0 ≤ `value` < 1."""
+    if isinstance(value, Read):
+        return
     least, greatest = bounds_of(value)
     if not (least >= 0 and greatest < 1):
         raise ValueError(f"{name} must be at least 0 and below 1, got {value}")

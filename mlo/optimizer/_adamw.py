@@ -16,8 +16,9 @@ from mlo.optimizer._abstract import (
     plain,
     positive,
 )
+from mlo.optimizer._arithmetic import is_zero
 from mlo.optimizer._moments import adaptive_step, two_moments
-from mlo.schedule._abstract import Number
+from mlo.optimizer._read import Option
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -45,13 +46,13 @@ class AdamW(AbstractOptimizer):
     Raises ValueError for settings outside these ranges.
     """
 
-    learning_rate: Number = 1e-3
-    beta1: Number = 0.9
-    beta2: Number = 0.999
-    epsilon: Number = 1e-8
-    weight_decay: Number = 0.01
-    clip_norm: Number | None = None
-    clip_value: Number | None = None
+    learning_rate: Option = 1e-3
+    beta1: Option = 0.9
+    beta2: Option = 0.999
+    epsilon: Option = 1e-8
+    weight_decay: Option = 0.01
+    clip_norm: Option | None = None
+    clip_value: Option | None = None
     groups: Groups | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class AdamW(AbstractOptimizer):
     def update(self, gradient: Tree, state: OptimizerState, parameters: Tree) -> tuple[Tree, OptimizerState]:
         """One step, see the class."""
         rate = plain(self.learning_rate)
-        if self.weight_decay:
+        if not is_zero(self.weight_decay):
             parameters = _tree.scale(parameters, by=1 - rate * plain(self.weight_decay))
         return adaptive_step(
             gradient,
@@ -81,6 +82,6 @@ class AdamW(AbstractOptimizer):
         )
 
     @property
-    def l2_decay(self) -> Number | None:
+    def l2_decay(self) -> Option | None:
         """None, or 0 where nothing decays."""
-        return None if self.weight_decay else 0.0
+        return 0.0 if is_zero(self.weight_decay) else None

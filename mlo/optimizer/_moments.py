@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from mlo import _tree
 from mlo.optimizer._abstract import OptimizerState
+from mlo.optimizer._arithmetic import add_product, add_quotient, mixed
 from mlo.optimizer._root import root
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._types import Tree
+    from mlo.optimizer._arithmetic import Setting
 
 
 def two_moments(parameters: Tree) -> OptimizerState:
@@ -24,20 +26,20 @@ def adaptive_step(
     state: OptimizerState,
     parameters: Tree,
     *,
-    rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
+    rate: Setting,
+    betas: tuple[Setting, Setting],
+    epsilon: Setting,
 ) -> tuple[Tree, OptimizerState]:
     """m, v and w as in `Adam`, where `gradient` is its g."""
     count = state.count + 1
     beta1, beta2 = betas
-    first = _tree.apply(lambda m, g: m.lerp(g, 1 - beta1), state.moments["first"], gradient)
-    second = _tree.apply(lambda v, g: (v * beta2).addcmul(g, g, value=1 - beta2), state.moments["second"], gradient)
+    first = _tree.apply(lambda m, g: mixed(m, g, 1 - beta1), state.moments["first"], gradient)
+    second = _tree.apply(lambda v, g: add_product(v * beta2, g, g, scale=1 - beta2), state.moments["second"], gradient)
     size = rate / (1 - beta1**count)
     spread = (1 - beta2**count) ** 0.5
 
     def move(parameter: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        return parameter.addcdiv(m, root(v) / spread + epsilon, value=-size)
+        return add_quotient(parameter, m, root(v) / spread + epsilon, scale=-size)
 
     updated = _tree.apply(move, parameters, first, second)
     return updated, OptimizerState(count=count, moments={"first": first, "second": second})

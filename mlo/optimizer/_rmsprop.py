@@ -16,8 +16,9 @@ from mlo.optimizer._abstract import (
     plain,
     positive,
 )
+from mlo.optimizer._arithmetic import add_product, add_quotient, is_zero, mixed
+from mlo.optimizer._read import Option
 from mlo.optimizer._root import root
-from mlo.schedule._abstract import Number
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -50,14 +51,14 @@ class RMSprop(AbstractOptimizer):
     Raises ValueError for settings outside these ranges.
     """
 
-    learning_rate: Number = 1e-2
-    alpha: Number = 0.99
-    epsilon: Number = 1e-8
-    momentum: Number = 0.0
+    learning_rate: Option = 1e-2
+    alpha: Option = 0.99
+    epsilon: Option = 1e-8
+    momentum: Option = 0.0
     centered: bool = False
-    weight_decay: Number = 0.0
-    clip_norm: Number | None = None
-    clip_value: Number | None = None
+    weight_decay: Option = 0.0
+    clip_norm: Option | None = None
+    clip_value: Option | None = None
     groups: Groups | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -70,32 +71,34 @@ class RMSprop(AbstractOptimizer):
 
     def init(self, parameters: Tree) -> OptimizerState:
         """Zeros: the mean square, and with the options that need them the mean and the momentum buffer."""
-        needed = {"square": True, "mean": self.centered, "momentum": bool(self.momentum)}
+        needed = {"square": True, "mean": self.centered, "momentum": not is_zero(self.momentum)}
         return OptimizerState(moments={name: _tree.zeros(parameters) for name, is_kept in needed.items() if is_kept})
 
     def update(self, gradient: Tree, state: OptimizerState, parameters: Tree) -> tuple[Tree, OptimizerState]:
         """One step, see the class."""
         alpha, epsilon, rate = plain(self.alpha), plain(self.epsilon), plain(self.learning_rate)
-        if self.weight_decay:
+        if not is_zero(self.weight_decay):
             gradient = _tree.add(gradient, parameters, scale=plain(self.weight_decay))
-        square = _tree.apply(lambda v, g: (v * alpha).addcmul(g, g, value=1 - alpha), state.moments["square"], gradient)
+        square = _tree.apply(
+            lambda v, g: add_product(v * alpha, g, g, scale=1 - alpha), state.moments["square"], gradient
+        )
         moments, spread = {"square": square}, square
         if "mean" in state.moments:
-            mean = _tree.apply(lambda average, g: average.lerp(g, 1 - alpha), state.moments["mean"], gradient)
+            mean = _tree.apply(lambda average, g: mixed(average, g, 1 - alpha), state.moments["mean"], gradient)
             spread = _tree.apply(lambda v, average: v.addcmul(average, average, value=-1).clamp(min=0), square, mean)
             moments["mean"] = mean
         size = _tree.apply(lambda v: root(v) + epsilon, spread)
         if "momentum" in state.moments:
             momentum = plain(self.momentum)
             moments["momentum"] = _tree.apply(
-                lambda b, g, s: (b * momentum).addcdiv(g, s), state.moments["momentum"], gradient, size
+                lambda b, g, s: add_quotient(b * momentum, g, s, scale=1.0), state.moments["momentum"], gradient, size
             )
             updated = _tree.add(parameters, moments["momentum"], scale=-rate)
         else:
-            updated = _tree.apply(lambda w, g, s: w.addcdiv(g, s, value=-rate), parameters, gradient, size)
+            updated = _tree.apply(lambda w, g, s: add_quotient(w, g, s, scale=-rate), parameters, gradient, size)
         return updated, OptimizerState(count=state.count + 1, moments=moments)
 
     @property
-    def l2_decay(self) -> Number:
+    def l2_decay(self) -> Option:
         """See `AbstractOptimizer`."""
         return self.weight_decay

@@ -16,7 +16,8 @@ from mlo.optimizer._abstract import (
     plain,
     positive,
 )
-from mlo.schedule._abstract import Number
+from mlo.optimizer._arithmetic import is_zero
+from mlo.optimizer._read import Option
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -45,30 +46,31 @@ class SGD(AbstractOptimizer):
     Raises ValueError for settings outside these ranges.
     """
 
-    learning_rate: Number
-    momentum: Number = 0.0
-    dampening: Number = 0.0
+    learning_rate: Option
+    momentum: Option = 0.0
+    dampening: Option = 0.0
     nesterov: bool = False
-    weight_decay: Number = 0.0
-    clip_norm: Number | None = None
-    clip_value: Number | None = None
+    weight_decay: Option = 0.0
+    clip_norm: Option | None = None
+    clip_value: Option | None = None
     groups: Groups | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)
         fraction("momentum", self.momentum)
         at_least_zero("weight_decay", self.weight_decay)
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
         check_shared(self)
 
     def init(self, parameters: Tree) -> OptimizerState:
         """A zero momentum buffer, or nothing without momentum."""
-        return OptimizerState(moments={"momentum": _tree.zeros(parameters)} if self.momentum else {})
+        return OptimizerState(moments={} if is_zero(self.momentum) else {"momentum": _tree.zeros(parameters)})
 
     def update(self, gradient: Tree, state: OptimizerState, parameters: Tree) -> tuple[Tree, OptimizerState]:
         """One step, see the class."""
-        direction = _tree.add(gradient, parameters, scale=plain(self.weight_decay)) if self.weight_decay else gradient
+        decay = plain(self.weight_decay)
+        direction = gradient if is_zero(decay) else _tree.add(gradient, parameters, scale=decay)
         moments = state.moments
         if "momentum" in moments:
             momentum = plain(self.momentum)
@@ -80,6 +82,6 @@ class SGD(AbstractOptimizer):
         return updated, OptimizerState(count=state.count + 1, moments=moments)
 
     @property
-    def l2_decay(self) -> Number:
+    def l2_decay(self) -> Option:
         """See `AbstractOptimizer`."""
         return self.weight_decay

@@ -16,7 +16,7 @@ from torch import nn
 
 from mlo import _random, _structure
 from mlo._errors import GraphError
-from mlo._graph import Graph, free, numbers_of, unfit
+from mlo._graph import Graph, free, misfits, numbers_of, unfit
 from mlo._level import Level
 from mlo._problem import Context, Problem, Settings
 from mlo.hypergradient import Unroll
@@ -82,6 +82,10 @@ def assemble(spec: Spec) -> Assembly:
         declared = [level for level in levels if level is not None]
         for mistake in _structure.mistakes(declared):
             faults.append(Fault(("levels", mistake.level, mistake.key), mistake.message))
+        for name, path, message in misfits({level.name: level for level in declared}):
+            chosen = spec.levels[name].optimizer
+            here = ("levels", name, "optimizer", chosen.name if chosen else "")
+            faults.append(Fault((*here, *path), f"{message}."))
     spec.fail(faults)
     graph = Graph(level for level in levels if level is not None)
     remembering = [name for name, stream in streams.items() if isinstance(stream, Iterated)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
 
-from mlo import _structure
+from mlo import _reading, _structure
 from mlo._errors import Mistake, nearest
 from mlo.spec._faults import Fault, known, unknown
 from mlo.spec._forms import faults_of, written_keys
@@ -19,7 +19,7 @@ from mlo.spec._models import Spec
 from mlo.spec._nodes import CHOICES, KeyPath, Table, fold, locate
 from mlo.spec._options import split_choice
 from mlo.spec._problems import problem_named, problem_names
-from mlo.spec._registry import faults_in
+from mlo.spec._registry import faults_in, written_as
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _DIFFERENCES = (
@@ -31,6 +31,7 @@ _TOO_COARSE = {  # by folded name, methods and their pieces that bfloat16 makes 
     "centraldifference": _DIFFERENCES,
     "conjugategradient": "its directions are not conjugate where dtype bfloat16 leaves Hessian products 3 digits.",
 }
+_CHOSEN = ("optimizer", "hypergradient")
 _STRUCTURE = ("given", "subject_to", "against", "steps", "every", "warm_up", "lookahead", "nested")
 
 
@@ -91,11 +92,7 @@ def _level(name: str, level: object, tree: Table, levels: Mapping[str, Any]) -> 
     if not isinstance(level, Mapping):
         return []
     written = cast("Mapping[str, Any]", level)
-    found = [
-        fault.below((*path, key))
-        for key in ("optimizer", "hypergradient")
-        for fault in faults_in(key, written.get(key))
-    ]
+    found = [fault.below((*path, key)) for key in _CHOSEN for fault in faults_in(key, written.get(key))]
     if "name" in written:
         message = "a level's name is its key, not a key inside it."
         found.append(Fault((*path, "name"), message, on_key=True))
@@ -148,7 +145,23 @@ def _structural(levels: Mapping[str, Any]) -> list[Fault]:
         # How many iterations an epoch has is known once the problem is built; the arrows can be judged now.
         specs = [spec.model_copy(update={"every": 1, "warm_up": 0}) for spec in specs]
     declared = cast("Sequence[_structure.Declared]", specs)
-    return [_placed(mistake, levels) for mistake in _structure.mistakes(declared)]
+    found = [_placed(mistake, levels) for mistake in _structure.mistakes(declared)]
+    return [*found, *_reading_faults({level.name: level for level in declared}, levels, complete=not found)]
+
+
+def _reading_faults(
+    declared: Mapping[str, _structure.Declared], levels: Mapping[str, Any], *, complete: bool
+) -> Iterator[Fault]:
+    """What is wrong with options that optimizers read from levels; if `complete`, arrows can be followed."""
+    chosen = {key: {name: written_as(key, level.get(key)) for name, level in levels.items()} for key in _CHOSEN}
+    optimizers, methods = ({name: each for name, each in chosen[key].items() if each} for key in _CHOSEN)
+    for name, optimizer in optimizers.items():
+        kind, _ = split_choice(levels[name]["optimizer"])
+        for path, message in _reading.unlisted(declared[name], optimizer, levels):
+            yield Fault(("levels", name, "optimizer", kind or "", *path), f"{message}.")
+    if complete:
+        for name, reason in _reading.left_out(declared, optimizers, methods).items():
+            yield Fault(("levels", name, "hypergradient"), f"{reason}.")
 
 
 def _placed(mistake: Mistake, levels: Mapping[str, Any]) -> Fault:

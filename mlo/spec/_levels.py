@@ -85,7 +85,7 @@ class LevelSpec(BaseModel):
 
     - `variables`: what the level owns, by the problem's name for it.
     - `objective`: what they minimise, by the problem's name for it.
-    - `given`: levels whose variables the objective reads and holds fixed.
+    - `given`: levels whose variables the objective, or the optimizer for its options, reads and holds fixed.
     - `subject_to`: levels whose responses it differentiates through (the papers' "s.t."); it reads them too.
     - `against`: the other players of a simultaneous game: read as they stood when the iteration began.
     - `batch`: the stream its batches come from; a list gives a mapping by stream name.

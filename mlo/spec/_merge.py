@@ -2,7 +2,8 @@
 
 Mappings merge key by key; lists and single values replace; `null` removes. A choice (`name` or `{name: {option: value}}`)
 that names another name replaces the old one whole; the same name merges, so that `sgd` over `{sgd: {momentum: 0.9}}`
-keeps the momentum. Inside the options of a choice a mapping with a single key, such as a schedule, counts as a choice too.
+keeps the momentum. Inside the options of a choice a mapping with a single key, such as a schedule, counts as a choice too;
+an optimizer's option that is read from a level, `{level: rates, name: …}`, merges with another and replaces anything else.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def _as_table(node: Node) -> Node:
 
 
 def _merged_choice(base: Node, over: Node, path: KeyPath, *, keep_nulls: bool) -> Node:
+    if path[2] == "optimizer" and is_option(path) and (_is_read(base) or _is_read(over)):
+        if isinstance(base, Table) and isinstance(over, Table) and {*base.entries, *over.entries} <= {"level", "name"}:
+            return merged(base, over, path=path, keep_nulls=keep_nulls)
+        return over
     before, after = _name_and_options(base), _name_and_options(over)
     if before is None or after is None:
         several = is_option(path) and not (single(base) and single(over))
@@ -76,6 +81,11 @@ def _merged_choice(base: Node, over: Node, path: KeyPath, *, keep_nulls: bool) -
     assert entry is not None, "options stand below a single key"
     options = merged(before[1], after[1], path=(*path, name), keep_nulls=keep_nulls)
     return Table(over.place, {name: replace(entry[1], node=options)})
+
+
+def _is_read(node: Node) -> bool:
+    """Whether an option is read from a level: `{level: rates, name: learning_rate}`."""
+    return isinstance(node, Table) and isinstance(node.get("level"), Leaf)
 
 
 def _name_and_options(node: Node) -> tuple[str, Table | None] | None:

@@ -3,7 +3,7 @@
 The options of a function are its keyword-only parameters; those of a class, all of its constructor's. Annotations are
 strict: a whole number passes for a number, true and false never do, a list passes for a tuple. A parameter annotated with
 a dataclass, or with an `Abstract…` interface of which the same package exports leaves, takes `name` or
-`{name: {option: value}}`: a schedule, an inverse.
+`{name: {option: value}}`: a schedule, an inverse. A dataclass beside an interface takes its options, `{option: value}`.
 """
 
 from __future__ import annotations
@@ -160,14 +160,20 @@ def _strictly(annotation: Any) -> Any:
 
 def _built(kinds: tuple[type, ...], *, alone: bool) -> Any:
     """An instance of one of `kinds`, or what makes one. Unless they stand `alone`, text may be meant as something else."""
-    candidates = {name: leaf for kind in kinds for name, leaf in leaves(kind).items()}
+    interfaces = [kind for kind in kinds if kind.__name__.startswith("Abstract")]
+    plain = [kind for kind in kinds if kind not in interfaces]
+    candidates = {name: leaf for kind in interfaces or kinds for name, leaf in leaves(kind).items()}
 
     def build(value: Any) -> Any:
         name, _ = split_choice(value)
         named = name is not None and fold(name) in map(fold, candidates)
         if isinstance(value, kinds):
             return value
-        if isinstance(value, Mapping) and len(candidates) == 1 and not named:
+        if isinstance(value, Mapping) and interfaces and _fits(value, plain):
+            made, faults = construct(plain[0], cast("Mapping[str, Any]", value))
+        elif isinstance(value, Mapping) and interfaces and plain and name is None:
+            raise PydanticCustomError("form", "neither a choice nor options")
+        elif isinstance(value, Mapping) and len(candidates) == 1 and not named:
             made, faults = construct(next(iter(candidates.values())), cast("Mapping[str, Any]", value))
         elif named or isinstance(value, Mapping) or (alone and isinstance(value, str)):
             made, faults = choose(candidates, value, spoken(kinds[0]))
@@ -178,3 +184,8 @@ def _built(kinds: tuple[type, ...], *, alone: bool) -> Any:
         return made
 
     return Annotated[Any, BeforeValidator(build)]
+
+
+def _fits(value: Mapping[Any, Any], kinds: Sequence[type]) -> bool:
+    """Whether `value` is meant as the options of the one class that stands among interfaces: it has one of them."""
+    return len(kinds) == 1 and not set(value).isdisjoint(parameters(kinds[0]))

@@ -34,6 +34,12 @@ def hypergradient_of(choice: Choice | None) -> AbstractHypergradient | None:
     return _made("hypergradient", choice)
 
 
+def written_as(key: str, value: Any) -> Any:
+    """The optimizer or method that a level writes, or None: there is none, or something is wrong with it."""
+    name, _ = split_choice(value)
+    return None if name is None or fold(name) not in map(fold, candidates(key)) else _chosen(key, value)[0]
+
+
 def canonical(key: str, name: str) -> str:
     """The published spelling of a name, or the name itself where nothing has it."""
     return {fold(known): known for known in _names(key)}.get(fold(name), name)

@@ -194,7 +194,8 @@ class _Writer:
         if origin is Literal:
             return {"enum": list(arguments)}
         if origin in (Union, types.UnionType):
-            return _any_of([self.of(member) for member in arguments])
+            beside = any(inspect.isclass(member) and member.__name__.startswith("Abstract") for member in arguments)
+            return _any_of([self.beside(member) if beside else self.of(member) for member in arguments])
         kind = origin or annotation
         if annotation is Choice:
             return self.choice(None)
@@ -234,6 +235,15 @@ class _Writer:
             written = self.choice(table)
             alone = [self.options(target) for target in table.values()] if len(table) == 1 else []
             self.defs[name] |= _nullable(_any_of([written, *alone]))
+        return {"$ref": f"#/$defs/{name}"}
+
+    def beside(self, kind: Any) -> Schema:
+        """A member of a union with an interface: a class that is none is written by its options there."""
+        if not is_built(kind) or kind.__name__.startswith("Abstract"):
+            return self.of(kind)
+        name = snake(kind.__name__)
+        if name not in self.defs:
+            self.defs[name] = _described(self.options(kind) | {"required": _required(kind)}, summary(kind))
         return {"$ref": f"#/$defs/{name}"}
 
     def container(self, kind: type, arguments: Sequence[Any]) -> Schema:

@@ -136,7 +136,12 @@ def copied(one: Any) -> Any:
 def contents(state: State) -> dict[str, Any]:
     """All tensors of a state."""
     moments = {name: dict(memory.moments) for name, memory in state.optimizers.items()}
-    return {"values": dict(state.values), "buffers": dict(state.buffers), "moments": moments}
+    return {
+        "values": dict(state.values),
+        "buffers": dict(state.buffers),
+        "moments": moments,
+        "memory": {" ".join(pair): dict(trees) for pair, trees in state.memory.items()},
+    }
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from mlo import _tree
 from mlo._graph import Graph
 from mlo._state import Batches
-from mlo.hypergradient import AbstractHypergradient
-from mlo.testing._case import Case, Violation, contents, copied, counted, same_bits, stopped
+from mlo.hypergradient import AbstractHypergradient, Unroll
+from mlo.testing._case import FLOOR, Case, Violation, contents, copied, counted, same_bits, stopped
 from mlo.testing._closed_form import UPPER
 from mlo.testing._families import normal
 from mlo.testing._layout import flat, with_unused
@@ -180,6 +180,26 @@ def linearity(case: Case) -> None:
             raise Violation(violation.wrong, expected, found) from None
 
 
+def another_iteration(case: Case) -> None:
+    """A hypergradient is a function of the state: at a second iteration it is that of a graph made anew, bit for bit.
+
+    And at the first, taken again, what it was there.
+    """
+    graph = case.graph()
+    state = graph.init()
+    before = graph.hypergradient(UPPER, state)
+    moved, _ = graph.step(state)
+    found = graph.hypergradient(UPPER, moved)
+    fresh = case.graph()
+    expected = fresh.hypergradient(UPPER, moved)
+    if not same_bits(expected, found):
+        what = "after an iteration it differs from that of a graph made anew and started from the same state"
+        raise Violation(what, expected, found)
+    found = graph.hypergradient(UPPER, state)
+    if not same_bits(before, found):
+        raise Violation("where it was taken before the iteration it is no longer the same", before, found)
+
+
 def order(case: Case) -> None:
     """Levels and what they list in another order: the same bits. Tensors in another order: the same to rounding."""
     right = case.graph().hypergradient(UPPER, case.graph().init())
@@ -273,7 +293,7 @@ def divided(case: Case) -> None:
     one, two = in_processes(2, lambda rank: hypergradient(slice(5) if rank == 0 else slice(5, None)))
     if not same_bits(one, two):
         raise Violation("two processes have different hypergradients", one, two, on)
-    error = ((one - right).norm() / right.norm()).item()
+    error = ((one - right).norm() / (right.norm() + FLOOR)).item()
     if not error <= ROUNDING:
         raise Violation(
             f"two processes with a part of the samples each differ from one with all by {error:.1e}", right, one, on
@@ -315,6 +335,24 @@ def response(case: Case) -> None:
     case.compare(what, found, expected, case.allowed)
 
 
+def replayed(case: Case) -> None:
+    """A method that promises a derivative of steps equals them recorded, and replayed one by one, with every optimizer.
+
+    At a second iteration, where moments are not zero. Nothing for implicit methods.
+    """
+    if case.promise.implicit:
+        return
+    case = case.on(replace(case.problem, dtype=torch.float64))
+    graph = case.graph()
+    state, _ = graph.step(graph.init())
+    found = case.vector(graph.hypergradient(UPPER, state))
+    for replay, how in ((False, "recorded"), (True, "replayed")):
+        other = replace(case, method=Unroll(last=case.promise.last, replay=replay)).graph(rule=case.rule())
+        expected = case.vector(other.hypergradient(UPPER, state))
+        what = f"at a second iteration it differs from {case.promise.words}, {how},"
+        case.compare(what, found, expected, max(case.tolerance, ROUNDING))
+
+
 def central_differences(case: Case) -> None:
     """The slope of the upper objective along a random direction of u, all levels solved anew, or run anew.
 
@@ -351,6 +389,7 @@ PROPERTIES: Mapping[str, Callable[[Case], None]] = MappingProxyType(
         "zero gradients": still,
         "loud": loud,
         "linearity": linearity,
+        "another iteration": another_iteration,
         "order": order,
         "cost": cost,
         "exact cost": exact_cost,
@@ -360,6 +399,7 @@ PROPERTIES: Mapping[str, Callable[[Case], None]] = MappingProxyType(
         "closed form": closed_form,
         "unused": unused,
         "response": response,
+        "replayed = direct": replayed,
         "central differences": central_differences,
     }
 )

@@ -48,6 +48,16 @@ def test_check_says_what_needs_aware_differentiates_and_holds_fixed(mlo_command)
     assert "cost: 4,000 gradients, 0 products, 375 pullbacks" in out
 
 
+def test_check_says_what_an_optimizer_reads_and_refuses_methods_that_do_not_follow_it(mlo_command) -> None:
+    code, out, _ = mlo_command("check", "learned_rates")
+    assert code == 0
+    reads = "classifier's optimizer reads: learning_rate ← rates.learning_rate, weight_decay ← rates.weight_decay"
+    assert reads in out.splitlines()
+    code, _, err = mlo_command("check", "learned_rates", "levels.classifier.hypergradient=exact")
+    assert code == 2
+    assert "levels.classifier.hypergradient: Exact does not follow the optimizer's steps" in err
+
+
 @pytest.mark.parametrize(
     ("method", "shown", "products"),
     [

@@ -42,6 +42,7 @@ levels:
     every: {epochs: 2}
     optimizer: {adam: {learning_rate: 1e-3}}
 """
+FINITE = "{finite_difference: {radius: 0.01}}"
 
 
 @cache
@@ -85,9 +86,19 @@ GOOD = [
     ("10\n", "10\ncheckpoint: {every: 3}\ndevice: cuda:1\ndtype: float64\nthreads: 1\n"),
     ("{sgd: {learning_rate: 0.1, momentum: 0.5}}", "none"),
     ("{adam: {learning_rate: 1e-3}}", "adam"),
-    ("{finite_difference: {radius: 0.01}}", "{unroll: }"),
+    (FINITE, "{unroll: }"),
+    (FINITE, "{neumann: {terms: 20, step_size: auto}}"),
+    (FINITE, "{neumann: {terms: 20, step_size: 0.1, tolerance: 1e-3, power_iterations: 3}}"),
+    (FINITE, "{nystrom: {rank: 5, damping: 0.1}}"),
+    (FINITE, "preconditioned"),
+    (FINITE, "{conjugate_gradient: {iterations: 5, warm_start: true}}"),
+    (FINITE, "{implicit: {inverse: {nystrom: {rank: 5, damping: 0.1}}, cross: {central_difference: {radius: 0.1}}}}"),
     ("1e-3", "{cosine: {start: 0.1, over: 100}}"),
     ("1e-3", "{multi_step: {start: 0.1, at: {epochs: [60, 120]}}}"),
+    ("1e-3", "{level: rates}"),
+    ("1e-3", "{level: rates, name: learning_rate}"),
+    ("0.5", "{level: rates, name: momentum}"),
+    ("momentum: 0.5", "groups: {'*.bias': {momentum: {level: rates}}}"),
     ("0.1", "{multi_step: {start: 0.1, at: [60, 120]}}"),
     ("variables: linear", "variables: {linear: {}}"),
     ("    batch: train\n", "    freeze: encoder\n    steps: 3\n    warm_up: {epochs: 1}\n"),
@@ -124,9 +135,20 @@ BAD = [  # what is changed in the graph, and where the schema finds it
     ("momentum: 0.5", "nesterov: 1", "$.levels.weights.optimizer"),
     ("1e-3", "{cosin: {start: 0.1, over: 100}}", "$.levels.penalty.optimizer"),
     ("1e-3", "{cosine: {start: 0.1, ower: 100}}", "$.levels.penalty.optimizer"),
+    ("1e-3", "{name: learning_rate}", "$.levels.penalty.optimizer"),
+    ("1e-3", "{level: 3}", "$.levels.penalty.optimizer"),
+    ("1e-3", "{level: rates, nam: learning_rate}", "$.levels.penalty.optimizer"),
+    ("1e-3", "{read: {level: rates}}", "$.levels.penalty.optimizer"),
     ("learning_rate: 0.1, ", "", "$.levels.weights.optimizer.sgd"),
     ("{sgd: {learning_rate: 0.1, momentum: 0.5}}", "sgd", "$.levels.weights.optimizer"),
     ("finite_difference", "finite_diference", "$.levels.weights.hypergradient"),
+    (FINITE, "{neumann: {terms: 20, step_size: atuo}}", "$.levels.weights.hypergradient"),
+    (FINITE, "{neumann: {terms: 20, step_size: true}}", "$.levels.weights.hypergradient"),
+    (FINITE, "{neumann: {step_size: auto}}", "$.levels.weights.hypergradient.neumann"),
+    (FINITE, "{nystrom: {rank: 1.5, damping: 0.1}}", "$.levels.weights.hypergradient"),
+    (FINITE, "{nystrom: {rank: 5}}", "$.levels.weights.hypergradient.nystrom"),
+    (FINITE, "{preconditioned: {scale: big}}", "$.levels.weights.hypergradient"),
+    (FINITE, "{conjugate_gradient: {iterations: 5, warm_start: 1}}", "$.levels.weights.hypergradient"),
     ("subject_to: weights", "subject_to: {weights: }", "$.levels.penalty.subject_to"),
 ]  # fmt: skip
 

@@ -38,6 +38,14 @@ def test_text_says_what_each_level_reads_and_when_it_moves(mlo_command):
     assert "starts from needs_aware_gan" in words
 
 
+def test_text_says_what_an_optimizer_reads(mlo_command):
+    code, out, err = mlo_command("show", "learned_rates")
+    assert (code, err) == (0, "")
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert "← given rates" in words
+    assert "its optimizer reads learning_rate ← rates.learning_rate, weight_decay ← rates.weight_decay" in words
+
+
 def test_mermaid_has_every_level_and_every_arrow():
     drawn = mermaid(load("needs_aware"))
     assert drawn.startswith("flowchart BT\n")

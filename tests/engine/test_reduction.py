@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -48,13 +49,11 @@ def test_processes_stay_together_bit_for_bit(found, share, method):
 def test_two_processes_cost_what_one_does(found, method):
     """Where steps would be recorded they are replayed, which costs a gradient a step more, and is predicted."""
     counts, predicted = (found[0]["uneven", method][key] for key in ("counts", "predicted"))
-    unrolled = isinstance(two_processes.METHODS[method], mlo.hypergradient.Unroll)
-    replayed = method if not unrolled or "last" in method else "unroll, replayed"
-    alone = two_processes.run(two_processes.METHODS[replayed])
-    extra = 4 * two_processes.ITERATIONS if "last" in method else 0  # two levels, at every hypergradient and step
-    assert counts == [alone["counts"][0] + extra // 2, *alone["counts"][1:]]
-    if method != "conjugate gradients":  # which may stop early
-        assert counts == predicted
+    alone = two_processes.run(two_processes.METHODS[method])["counts"]
+    recorded = {"unroll": 2, "unroll, last": 1}.get(method, 0)  # steps of each of two levels, in every iteration
+    assert counts == [alone[0] + 2 * recorded * two_processes.ITERATIONS, *alone[1:]]
+    stops_early = any(name in method for name in ("conjugate", "gmres", "auto"))
+    assert all(map(operator.le if stops_early else operator.eq, counts, predicted))
 
 
 def test_every_shipped_method_is_in_the_table():

@@ -153,6 +153,17 @@ def test_unroll_equals_autograd(shape, family, optimizer, steps):
     assert relative_error(found, by_hand(shapes[shape], families[family], update, steps)) <= 1e-8
 
 
+@pytest.mark.parametrize("steps", [2, 5, 20])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("optimizer", optimizers)
+def test_every_optimizer_unrolled_equals_autograd_through_the_loop_written_out(optimizer, replay, steps):
+    (rule, update), method = optimizers[optimizer], mlo.hypergradient.Unroll(replay=replay)
+    for family in families.values():
+        graph = mlo.Graph(levels_of(shapes["chain with skip"], family, rule, steps, method))
+        found = graph.hypergradient("u", graph.init())
+        assert relative_error(found, by_hand(shapes["chain with skip"], family, update, steps)) <= 1e-8
+
+
 @pytest.mark.parametrize("shape", ["chain with skip", "diamond"])
 def test_the_order_of_declaration_changes_no_bit(shape):
     rule, update = optimizers["momentum"]

@@ -16,15 +16,21 @@ from torch import Tensor, nn
 import mlo
 from mlo import _linearisation
 from mlo.hypergradient import (
+    GMRES,
     AbstractHypergradient,
     CentralDifference,
     ConjugateGradient,
+    Equilibrium,
     Exact,
     FiniteDifference,
     FirstOrder,
+    Forward,
     Implicit,
     Neumann,
+    Nystrom,
+    Preconditioned,
     Unroll,
+    ZerothOrder,
 )
 
 SAMPLES, ITERATIONS = 8, 3
@@ -33,6 +39,15 @@ METHODS: Mapping[str, AbstractHypergradient] = {
     "unroll": Unroll(replay=False),
     "unroll, replayed": Unroll(replay=True),
     "unroll, last": Unroll(last=1),
+    "unroll, checkpoints": Unroll(checkpoint="sqrt"),
+    "forward": Forward(),
+    "zeroth order": ZerothOrder(samples=3, radius=1e-1),
+    "neumann, auto": Neumann(terms=4, step_size="auto", tolerance=0.1, damping=2.0),
+    "conjugate gradients, warm": ConjugateGradient(iterations=4, damping=0.5, warm_start=True),
+    "gmres": GMRES(iterations=4, damping=0.5),
+    "equilibrium": Equilibrium(inverse=Exact(damping=0.5)),
+    "nystrom": Nystrom(rank=3, damping=0.5),
+    "preconditioned": Preconditioned(scale=2.0),
     "finite differences": FiniteDifference(),
     "neumann": Neumann(terms=4, step_size=0.1),
     "conjugate gradients": ConjugateGradient(iterations=4, damping=0.5),

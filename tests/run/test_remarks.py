@@ -166,7 +166,7 @@ def test_negative_curvature_is_counted_and_the_count_outlives_an_interrupt(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = said(written(curvature=-1.5))
-    assert "conjugate gradients met negative curvature in 8 of 8 pullbacks of 'lower'\n" in out
+    assert "\nnegative curvature in 8 of 8 pullbacks of 'lower'\n" in out
     assert mlo.open_run("run").summary["negative_curvature"] == {"lower": {"pullbacks": 8, "negative": 8}}
     iterate = Loop._iterate
 

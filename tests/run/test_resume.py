@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mlo
 from mlo._run import _lock
+from mlo._state import State
 from mlo.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +70,26 @@ def test_a_run_broken_off_at_any_iteration_ends_as_if_it_had_not_been(
     assert mlo.open_run(tmp_path / "run").state("latest").iteration == at
     assert numbers(mlo.resume(tmp_path / "run", quiet=True)) == numbers(whole)
     assert not (tmp_path / "run" / "traceback.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["{conjugate_gradient: {iterations: 2, damping: 0.1, warm_start: true}}", "{neumann: {terms: 3, step_size: auto}}"],
+)
+@pytest.mark.parametrize("at", [1, 4])
+def test_what_methods_remember_outlives_an_interrupt(method: str, at: int, tmp_path: Path) -> None:
+    spec = penalty(f"levels.weights.hypergradient={method}")
+    whole = mlo.run(spec, tmp_path / "whole", quiet=True)
+    folder = break_off(spec, tmp_path / "run", at=at)
+    kept = mlo.open_run(folder).state("latest")
+    assert set(kept.memory) == {("penalty", "weights"), ("penalty", "penalty")}
+    assert numbers(mlo.resume(folder, quiet=True)) == numbers(whole)
+    forgetful = break_off(spec, tmp_path / "forgetful", at=at)
+    with pytest.MonkeyPatch.context() as patch:
+        read = State.__init__
+        patch.setattr(State, "__init__", lambda state, **given: read(state, **{**given, "memory": {}}))
+        resumed = mlo.resume(forgetful, quiet=True)
+    assert numbers(resumed) != numbers(whole)  # what is remembered is used
 
 
 def test_a_run_killed_between_checkpoints_is_cut_back_half_lines_and_half_files_too(
@@ -177,7 +198,7 @@ def change(path: Path, old: str, new: str) -> None:
         (lambda run: truncate(next((run / "checkpoint").glob("selected-*"))), "selected-.*damaged"),
         (lambda run: next((run / "checkpoint").glob("latest-*")).unlink(), "missing, though a checkpoint points to it"),
         (lambda run: truncate(run / "checkpoint" / "latest.json"), "latest.json: damaged"),
-        (lambda run: change(run / "checkpoint" / "latest.json", '"format": 2', '"format": 1'), "format 1, .* format 2"),
+        (lambda run: change(run / "checkpoint" / "latest.json", '"format": 3', '"format": 2'), "format 2, .* format 3"),
         (lambda run: change(run / "checkpoint" / "latest.json", '"iteration": 5', '"iteration": 6'), "changed since"),
         (lambda run: (run / "checkpoint" / "latest.json").write_text("[]"), "not the JSON of a checkpoint"),
         (lambda run: change(run / "spec.yaml", "learning_rate: 0.05", "learning_rate: 0.06"), "changed since the run"),

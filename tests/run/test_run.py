@@ -123,14 +123,14 @@ def test_a_checkpoint_restores_the_state_bit_for_bit_and_the_run_goes_on_the_sam
     ("damage", "message"),
     [
         (lambda folder: (folder / "latest.json").unlink(), "no such checkpoint"),
-        (lambda folder: (folder / "latest.json").write_text('{"format": 2'), "damaged"),
+        (lambda folder: (folder / "latest.json").write_text('{"format": 3'), "damaged"),
         (
             lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"short"),
             "damaged, or of another checkpoint",
         ),
         (
             lambda folder: (folder / "latest.json").write_text(
-                (folder / "latest.json").read_text().replace('"format": 2', '"format": 7')
+                (folder / "latest.json").read_text().replace('"format": 3', '"format": 7')
             ),
             "format 7",
         ),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mlo
-from mlo.optimizer import SGD, AdamW
+from mlo.optimizer import SGD, AdamW, Read
 from mlo.schedule import Cosine, MultiStep, WarmUp
 
 PROBLEM = """
@@ -131,7 +131,27 @@ def test_constraints_reach_the_level_and_survive_being_written(load):
     ].constraints == {"*": "sigmoid"}
 
 
+def test_options_that_are_read_reach_the_level_and_survive_being_written(load):
+    optimizer = "levels.w.optimizer={sgd: {learning_rate: {level: u}}}"
+    with pytest.raises(mlo.SpecError, match=r"sgd\.learning_rate: 'u' holds several tensors: name one"):
+        load(GRAPH, optimizer).build()
+    spec = load(
+        GRAPH, "levels.w.optimizer={sgd: {learning_rate: {level: u, name: p}, groups: {'*': {learning_rate: 0.1}}}}"
+    )
+    graph, _ = spec.build()
+    assert graph.levels["w"].optimizer == SGD(learning_rate=Read("u", "p"), groups={"*": {"learning_rate": 0.1}})
+    written = spec.to_yaml()
+    assert load(written).hash == spec.hash
+    assert load(written).build()[0].levels["w"].optimizer == graph.levels["w"].optimizer
+
+
 WRONG = [
+    ("learning_rate: 0.1}}\n  u", "learning_rate: {level: u, name: p}}}\n  u",
+     "9:38: levels.w.optimizer.sgd.learning_rate: 'u.p' has shape (3,); expected one number or the shape of what it is for: parameter '0.weight' has (4, 3)."),
+    ("learning_rate: 0.1}}\n  u", "learning_rate: {level: u, name: q}}}\n  u",
+     "9:38: levels.w.optimizer.sgd.learning_rate: 'u' has no tensor 'q', nor a 'q.0.weight' for each parameter.\n  Known: mu, p."),
+    ("learning_rate: 0.1}}\n  u", "learning_rate: 0.1, groups: {\"*.bias\": {momentum: {level: u, name: p}}}}}\n  u",
+     "9:73: levels.w.optimizer.sgd.groups.\"*.bias\".momentum: 'u.p' has shape (3,); expected one number or the shape of what it is for: parameter '0.bias' has (4,)."),
     ("learning_rate: 0.1}}\n  u", "groups: {\"*.bais\": {}}, learning_rate: 0.1}}\n  u",
      "9:32: levels.w.optimizer.sgd.groups.\"*.bais\": no parameter matches '*.bais'.\n  Known: 0.bias, 0.weight, 1.bias, 1.weight."),
     ("{p: sigmoid}", "{q: sigmoid}", "15:19: levels.u.constraints.q: no parameter matches 'q'.\n  Known: mu, p."),

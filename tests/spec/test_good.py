@@ -7,7 +7,15 @@ import pickle
 import pytest
 
 from mlo import optimizer
-from mlo.hypergradient import FiniteDifference
+from mlo.hypergradient import (
+    CentralDifference,
+    ConjugateGradient,
+    FiniteDifference,
+    Implicit,
+    Neumann,
+    Nystrom,
+    Preconditioned,
+)
 from mlo.spec import Choice, Epochs, Frozen, hypergradient_of, load, optimizer_of
 
 GRAPH_WITH = """\
@@ -38,6 +46,28 @@ def test_choices_become_values(read):
     assert optimizer_of(None) is None
     assert optimizer_of(Choice(name="none")) is None
     assert hypergradient_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "method"),
+    [
+        ("{neumann: {terms: 20, step_size: auto}}", Neumann(terms=20, step_size="auto")),
+        ("{neumann: {terms: 20, step_size: 1, tolerance: 1e-3}}", Neumann(terms=20, step_size=1.0, tolerance=1e-3)),
+        ("{nystrom: {rank: 5, damping: 0.1}}", Nystrom(rank=5, damping=0.1)),
+        ("preconditioned", Preconditioned()),
+        (
+            "{conjugate_gradient: {iterations: 5, warm_start: true}}",
+            ConjugateGradient(iterations=5, warm_start=True),
+        ),
+        (
+            "{implicit: {inverse: {nystrom: {rank: 5, damping: 1}}, cross: {central_difference: {radius: 0.1}}}}",
+            Implicit(inverse=Nystrom(rank=5, damping=1.0), cross=CentralDifference(radius=0.1)),
+        ),
+    ],
+)
+def test_methods_are_written_as_they_are_called(read, graph, written, method):
+    spec = read(graph, f"levels.weights.hypergradient={written}")
+    assert hypergradient_of(spec.levels["weights"].hypergradient) == method
 
 
 @pytest.mark.parametrize("name", ["sgd", "SGD", "Sgd", "S_G_D"])

@@ -78,6 +78,24 @@ trees = st.recursive(
 tables = st.dictionaries(names, trees, max_size=4)
 
 
+READS = [  # an option of an optimizer that is read from a level
+    ("{level: rates, name: a}", "{cosine: {start: 2}}", {"cosine": {"start": 2}}),
+    ("{cosine: {start: 2}}", "{level: rates, name: a}", {"level": "rates", "name": "a"}),
+    ("{level: rates}", "0.1", 0.1),
+    ("0.1", "{level: rates}", {"level": "rates"}),
+    ("{level: rates, name: a}", "{name: b}", {"level": "rates", "name": "b"}),
+    ("{level: rates, name: a}", "{name: null}", {"level": "rates"}),
+    ("{level: rates, name: a}", "{level: others}", {"level": "others", "name": "a"}),
+    ("{level: rates}", "{level: rates, name: b}", {"level": "rates", "name": "b"}),
+]
+
+
+@pytest.mark.parametrize(("base", "over", "result"), READS)
+def test_an_option_that_is_read_merges_with_another_only(base, over, result):
+    texts = [f"levels: {{a: {{optimizer: {{sgd: {{rate: {text}}}}}}}}}" for text in (base, over)]
+    assert merge(*texts) == {"levels": {"a": {"optimizer": {"sgd": {"rate": result}}}}}
+
+
 def table(value: object):
     """A tree of plain values: JSON is YAML."""
     import json

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -201,6 +202,44 @@ def ignores_the_optimizer(method: Any, response: Any, cotangent: Any) -> Any:
     return {name: _tree.scale(_tree.subtract(above[name], below[name]), by=0.5 / epsilon) for name in above}
 
 
+KEPT: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def keeps_its_linearisation(method: Any, response: Any, cotangent: Any) -> Any:
+    """A linearisation made once for a level, as if nothing moved between iterations."""
+    at = KEPT.setdefault(response.level, response.linearise())
+    return scaled(at.cross(cotangent), -1.0)
+
+
+def forgets_moments(method: Any, response: Any, cotangent: Any) -> Any:
+    """A replayed sweep that passes nothing on from moment to moment."""
+    total: dict[str, Any] = {}
+    for step in reversed(response.taken()):
+        cotangent, _, upstream = step.replay(cotangent, {})
+        for name, tree in upstream.items():
+            total[name] = _tree.add(total[name], tree) if name in total else tree
+    return total
+
+
+def updates_running_statistics(method: Any, response: Any, cotangent: Any) -> Any:
+    """What a forward pass in training mode does to the buffers it is handed, once an evaluation."""
+    for name, tensor in response.end.buffers.items():
+        if name.endswith("running_mean"):
+            tensor.mul_(0.9)
+        if name.endswith("num_batches_tracked"):
+            tensor.add_(1)
+    return method.pullback(response, cotangent)
+
+
+def forgets_the_factor(at: Any, cotangent: Any) -> Any:
+    """Σ (I − αH)ᵏ λ, α = 0.5, which is a direction and no solution."""
+    term = series = cotangent
+    for _ in range(2):
+        term = _tree.add(term, at.hessian(term), scale=-0.5)
+        series = _tree.add(series, term)
+    return series
+
+
 def looks(at: Any, cotangent: Any) -> Any:
     return cotangent if _tree.norm(cotangent) != 0 else _tree.zeros(cotangent)
 
@@ -212,16 +251,23 @@ def counts_wrong(at: Any, cotangent: Any) -> Any:
 
 SMOOTH = {"tolerance": 1e-3}
 DEFECTS = {  # the method, the answer it claims, the property that must be named, how it is checked otherwise
-    "forgets the sign": (Altered(Exact(), no_sign), "exact", "closed form", {"without": {"unused"}}),
-    "drops the last iterate": (
+    "sign": (Altered(Exact(), no_sign), "exact", "closed form", {"without": {"unused"}}),
+    "factor α": (
+        Altering(forgets_the_factor, 2),
+        lambda h, v: 0.5 * (v + (v - 0.5 * h @ v) + (v - h @ v + 0.25 * h @ h @ v)),
+        "closed form",
+        {},
+    ),
+    "dropped last CG iterate": (
         Altering(drops_the_last_iterate, 2),
         krylov_2,
         "closed form",
         {"without": {"linearity"}, "tolerance": 1e-5},
     ),
     "NaN at a zero cotangent": (Altering(divides_by_the_norm), "first_order", "zero", {}),
-    "redraws noise": (Altered(FiniteDifference(), redraws), "last_step", "common noise", SMOOTH),
+    "fresh noise": (Altered(FiniteDifference(), redraws), "last_step", "common noise", SMOOTH),
     "is not a function": (Altered(Unroll(), restless), "unrolled", "common noise", {}),
+    "buffer updated": (Altered(FiniteDifference(), updates_running_statistics), "last_step", "purity", SMOOTH),
     "writes a buffer": (Altered(Unroll(), writes_a_buffer), "unrolled", "purity", {}),
     "writes a parameter": (Altering(writes_a_parameter), "first_order", "purity", {}),
     "writes the cotangent": (Altering(writes_the_cotangent), "first_order", "purity", {}),
@@ -231,19 +277,37 @@ DEFECTS = {  # the method, the answer it claims, the property that must be named
     "follows the order of a dict": (Altered(FirstOrder(), follows_the_order_of_a_dict), "first_order", "order", {}),
     "counts too little": (Altering(counts_wrong), "first_order", "cost", {}),
     "counts too much": (Altered(FirstOrder(), correct, more=1), "first_order", "exact cost", {}),
-    "hides NaN": (Altered(FirstOrder(), hides_what_is_not_a_number), "first_order", "loud", {}),
-    "drops a path": (Altered(Unroll(), drops_a_path), "unrolled", "closed form", {}),
+    "NaN to zero": (Altered(FirstOrder(), hides_what_is_not_a_number), "first_order", "loud", {}),
+    "path dropped": (Altered(Unroll(), drops_a_path), "unrolled", "closed form", {}),
     "stale linearisation": (
+        Altered(FirstOrder(), keeps_its_linearisation),
+        "first_order",
+        "another iteration",
+        {},
+    ),
+    "linearises where the step started": (
         Altered(FirstOrder(), linearises_at_the_start),
         "first_order",
         "response",
         {**SMOOTH, "without": {"cost", "exact cost"}},
     ),
-    "ignores momentum and Adam": (
+    "momentum ignored": (
+        Altered(FiniteDifference(), ignores_the_optimizer),
+        "last_step",
+        "replayed = direct",
+        {**SMOOTH, "without": {"loud"}},
+    ),
+    "momentum ignored, by an oracle that is not ours": (
         Altered(FiniteDifference(), ignores_the_optimizer),
         "last_step",
         "central differences",
-        {**SMOOTH, "without": {"loud"}},
+        {**SMOOTH, "without": {"loud", "replayed = direct"}},
+    ),
+    "momentum ignored between replayed steps": (
+        Altered(Unroll(replay=True), forgets_moments),
+        "unrolled",
+        "replayed = direct",
+        {},
     ),
     "looks at a tensor": (Altering(looks), "first_order", "vmap", {}),
     "one term too few": (
@@ -286,6 +350,22 @@ def test_processes_that_reduce_different_things_do_not_wait_for_each_other():
     assert in_processes(3, reduces(0)) == [None] * 3
     with pytest.raises(RuntimeError, match="do not reduce the same tensors in the same order"):
         in_processes(2, reduces(1))
+
+
+def test_the_usual_faults_are_planted():
+    """By these names; those of nests and of several processes are planted where those are tested."""
+    usual = {
+        "sign",
+        "factor α",
+        "dropped last CG iterate",
+        "NaN to zero",
+        "fresh noise",
+        "buffer updated",
+        "momentum ignored",
+        "path dropped",
+        "stale linearisation",
+    }
+    assert usual <= DEFECTS.keys()
 
 
 def test_the_message_tells_the_smallest_problem_expected_and_found():
