@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from engine import two_processes
-from helpers import relative_error
+from helpers import normal, relative_error
 
 import mlo
+from mlo.hypergradient import Equilibrium, Forward, Unroll, ZerothOrder
+from mlo.testing._simulated import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,78 @@ def test_an_objective_is_declared_through_whatever_binds_its_options():
     assert reduction_of(two_processes.linear) == reduction_of(None) == "mean"
     with pytest.raises(ValueError, match="reduction must be mean or batch, got 'sum'"):
         mlo.reduction("sum")
+
+
+def whole_and_parts(graph: mlo.Graph, upper: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A hypergradient on 8 samples, and on 5 and 3 of them in two threads that reduce as processes do."""
+    data = {name: two_processes.drawn(place, slice(None)) for place, name in enumerate(graph.levels)}
+
+    def hypergradient(rows: slice) -> Any:
+        batches = {name: {key: tensor[rows] for key, tensor in batch.items()} for name, batch in data.items()}
+        return graph.hypergradient(upper, graph.init(), batches)
+
+    parts = in_processes(2, lambda rank: hypergradient(slice(5) if rank == 0 else slice(5, None)))
+    return hypergradient(slice(None)), parts
+
+
+def misses(w: Any, batch: Any) -> torch.Tensor:
+    return (batch["x"] @ w - batch["y"]).square().mean()
+
+
+@pytest.mark.parametrize(
+    "method", [Unroll(replay=False), Unroll(checkpoint="sqrt"), Forward(), ZerothOrder()], ids=repr
+)
+@pytest.mark.parametrize("kind", [mlo.optimizer.SGD, mlo.optimizer.Adam, mlo.optimizer.RMSprop])
+def test_options_that_are_learned(method, kind):
+    """The update is pulled back alike in all processes, at the gradient of the whole batch."""
+    rule = kind(learning_rate=mlo.optimizer.Read("u"), weight_decay=0.1)
+    below: dict[str, Any] = {"given": ["u"], "optimizer": rule, "steps": 4, "hypergradient": method}
+    graph = mlo.Graph(
+        [
+            mlo.Level(
+                "w", objective=lambda values, batch: misses(values["w"], batch), variables=normal(3, seed=1), **below
+            ),
+            mlo.Level(
+                "u",
+                objective=lambda values, batch: misses(values["w"], batch),
+                variables=torch.tensor(0.05),
+                constraints={"*": "softplus"},
+                subject_to=["w"],
+                optimizer=mlo.optimizer.SGD(learning_rate=0.1),
+            ),
+        ]
+    )
+    right, (one, two) = whole_and_parts(graph, "u")
+    assert right.abs() > 1e-3
+    assert torch.equal(one, two)
+    assert relative_error(one, right) <= 1e-11
+
+
+def test_players_of_a_game():
+    """The joint Jacobian is made of products of each player's own batch."""
+    rule = mlo.optimizer.SGD(learning_rate=0.1)
+    below: dict[str, Any] = {"given": ["u"], "optimizer": rule, "hypergradient": Equilibrium()}
+
+    def chasing(own: str, other: str, sign: float) -> Any:
+        def objective(values: Any, batch: Any) -> torch.Tensor:
+            meeting = ((batch["x"] @ values[own]) * (batch["x"] @ values[other])).mean()
+            return misses(values[own], batch) + sign * meeting + (values["u"] * values[own].square()).sum()
+
+        return objective
+
+    graph = mlo.Graph(
+        [
+            mlo.Level("g", objective=chasing("g", "d", 1.0), variables=normal(3, seed=1), against=["d"], **below),
+            mlo.Level("d", objective=chasing("d", "g", -1.0), variables=normal(3, seed=2), against=["g"], **below),
+            mlo.Level(
+                "u",
+                objective=lambda values, batch: misses(values["g"], batch) + misses(values["d"], batch),
+                variables=torch.full((3,), 0.5),
+                subject_to=["g", "d"],
+                optimizer=rule,
+            ),
+        ]
+    )
+    right, (one, two) = whole_and_parts(graph, "u")
+    assert torch.equal(one, two)
+    assert relative_error(one, right) <= 1e-11
