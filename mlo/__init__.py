@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mlo import schedule as schedule
     from mlo import stream as stream
     from mlo import testing as testing
+    from mlo._audit import Audit as Audit
+    from mlo._audit import audit as audit
     from mlo._errors import GraphError as GraphError
     from mlo._errors import MachineError as MachineError
     from mlo._errors import MloError as MloError
@@ -53,6 +55,8 @@ _HOMES = {
     "schedule": "mlo.schedule",
     "stream": "mlo.stream",
     "testing": "mlo.testing",
+    "Audit": "mlo._audit",
+    "audit": "mlo._audit",
     "GraphError": "mlo._errors",
     "MachineError": "mlo._errors",
     "MloError": "mlo._errors",

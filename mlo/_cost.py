@@ -56,6 +56,11 @@ def predicted(plan: Plan, iterations: int) -> Cost:
     return Cost(*total, pullbacks)
 
 
+def of_pullback(plan: Plan, upper: str, name: str) -> Passes:
+    """What one pullback of level `name` costs on the way to `upper`, with all that happens below it."""
+    return _Prediction(plan).pullback(name, {upper, *plan.differentiated(upper)})
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _Prediction:

@@ -14,10 +14,11 @@ import torch
 
 from mlo import _random, _tree
 from mlo._autodiff import inside_transform
-from mlo._errors import GraphError, Mistake, NumericalError
+from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._nest import Below, Nest
 from mlo._objective import Record, options_of, partials
 from mlo._reading import reads_live
+from mlo._reduction import refuse_nesting
 from mlo._response import Response, respond
 from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
@@ -122,7 +123,16 @@ class Iteration:
         return tuple(self.record(level.name, step) for step in range(max(1, level.steps)))
 
     def _nest(self, level: Level) -> Nest:
-        """The levels below one in the middle, each as it stood when the iteration began."""
+        """The levels below one in the middle, each as it stood when the iteration began.
+
+        Raises `UserError` where a total gradient cannot be differentiated: inside a transform, or over processes.
+        """
+        if inside_transform():
+            raise UserError(
+                f"level '{level.name}' is in the middle of a nest, which cannot be differentiated inside a torch.func "
+                "transform"
+            )
+        refuse_nesting(level.name)
         below: list[Below] = []
         for name in self.plan.differentiated(level.name):
             lower = self.plan.levels[name]

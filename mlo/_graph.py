@@ -12,7 +12,7 @@ from torch import nn
 from mlo import _engine, _random, _reading, _structure, _tree
 from mlo._autodiff import inside_transform
 from mlo._constraint import Constraints
-from mlo._cost import Cost, predicted, size
+from mlo._cost import Cost, of_pullback, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
@@ -38,7 +38,7 @@ class Graph:
 
     The order in which levels are listed changes nothing. Raises `GraphError`, with every mistake, if the levels do not
     form a graph: an unknown name, a cycle, a response that does not depend on the level above it, due times that do not
-    meet, a nested level.
+    meet, a nest that its methods cannot differentiate.
     """
 
     def __init__(self, levels: Iterable[Level]) -> None:
@@ -145,6 +145,10 @@ class Graph:
         """What the first `iterations` cost; exact for methods of fixed length, and for nests of three levels."""
         return predicted(self._plan, iterations)
 
+    def cost_of_pullback(self, upper: str, name: str) -> Cost:
+        """What one pullback of level `name` costs where `upper` is differentiated, with all that happens below it."""
+        return Cost(*of_pullback(self._plan, upper, name), pullbacks=1)
+
     def module(self, name: str, state: State) -> nn.Module:
         """A copy of level `name`'s module that holds the parameters and buffers of `state`."""
         from copy import deepcopy
@@ -187,6 +191,11 @@ class Graph:
             refuse_batch_objective(name, level.objective)
             if name in self._plan.nested:
                 refuse_nesting(name)
+
+
+def plan_of(graph: Graph) -> _engine.Plan:
+    """What the engine is given of `graph`."""
+    return graph._plan  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

@@ -53,13 +53,18 @@ class Linearisation(AbstractLinearisation):
             return connected(level, found), aftermath.choices
 
         live = {name: around.values[name] for name in around.live}
-        _, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
+        self._gradient, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
         self._record = record.with_choices(choices)
 
     @property
     def variables(self) -> Tree:
         """See `AbstractLinearisation`."""
         return self._at.variables
+
+    @property
+    def gradient(self) -> Tree:
+        """What is linearised, with the decay, at the response: 0 at a solution."""
+        return self._decayed(self._gradient, self._at.variables)
 
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""

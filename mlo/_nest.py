@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from mlo import _tree
-from mlo._autodiff import inside_transform
-from mlo._errors import UserError
 from mlo._objective import Record, partials
-from mlo._reduction import refuse_nesting
 from mlo._response import Response, respond
 from mlo._state import Parts
 from mlo._step import AbstractNest, Position, Surroundings
@@ -75,12 +72,6 @@ class Nest(AbstractNest):
         tally: Tally,
     ) -> tuple[Upstream, Tensor, Aftermath]:
         """See `AbstractNest`."""
-        if inside_transform():
-            raise UserError(
-                f"level '{self.level.name}' is in the middle of a nest, which cannot be differentiated inside a "
-                "torch.func transform"
-            )
-        refuse_nesting(self.level.name)
         first = record.choices is None
         counted = tally if first else None
         direct = self.level.nested == "direct" and torch.is_grad_enabled()

@@ -165,11 +165,13 @@ class Tally:
     """Counts what an iteration costs while it runs, and gathers what its methods say.
 
     `recalled` is what earlier iterations remembered, `remembered` what this one does.
+    `cotangents` are, by the pair (upper, level), the λ that arrived on the level's response in its last pullback.
     """
 
     gradients: int = 0
     products: int = 0
     pullbacks: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    cotangents: dict[tuple[str, str], Tree] = field(default_factory=dict[tuple[str, str], "Tree"])
     reports: dict[tuple[str, str], dict[str, Tensor]] = field(
         default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
     )

@@ -176,9 +176,10 @@ def held_fixed(upper: Declared, known: Mapping[str, Declared]) -> tuple[tuple[st
 
 
 def _influence(known: Mapping[str, Declared], source: str) -> nx.DiGraph[str]:
-    """The reads of all levels that move, without the arrows back into `source`."""
+    """The reads of all levels that move, without the arrows back into `source`, and without the levels above it."""
     graph = network(known.values())
-    graph.remove_nodes_from([name for name, level in known.items() if level.frozen and name != source])
+    fixed = [name for name, level in known.items() if level.frozen or source in _under(level, known)]
+    graph.remove_nodes_from([name for name in fixed if name != source])
     graph.remove_edges_from(list(graph.in_edges(source)))
     return graph
 

@@ -50,6 +50,7 @@ def sweep(
             continue
         if tally is not None:
             tally.pullbacks += [(upper, player) for player in unit]
+            tally.cotangents |= {(upper, player): arrived[player] for player in unit if player in arrived}
         upstream = _pulled(unit, responses, arrived)
         for read, cotangent in upstream.items():
             if read in targets:

@@ -21,7 +21,11 @@ MEANING: Mapping[Kind, str] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """One level: what it owns and minimises, when and how it steps, how it is pulled back; None where it does not."""
+    """One level: what it owns and minimises, when and how it steps, how it is pulled back; None where it does not.
+
+    - `middle`, `nested`: of a level that others are subject to and that is subject to others, what it follows, and how that
+      is differentiated.
+    """
 
     name: str
     owns: str
@@ -31,6 +35,8 @@ class Facts:
     optimizer: str | None
     reads: str | None
     method: str | None
+    middle: str | None
+    nested: str | None
     start: str | None
     holds: tuple[str, ...]
 
@@ -85,6 +91,22 @@ def duration(value: int | Epochs) -> str:
     return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
+def method(level: LevelSpec) -> str:
+    """How the level is pulled back: `finite_difference {radius: 0.01}`."""
+    return choice(level.hypergradient) or "unroll"
+
+
+def middle(spec: Spec, name: str) -> str | None:
+    """What a level in the middle of a nest follows, and how that is differentiated; None of other levels."""
+    known = declared(spec)
+    if name not in _structure.nested(known):
+        return None
+    below = ", ".join(
+        f"{lower} ({method(spec.levels[lower])})" for lower in _structure.response_order(known[name], known)
+    )
+    return f"follows its total gradient through {below}; differentiated: {spec.levels[name].nested}"
+
+
 def _facts(level: LevelSpec, spec: Spec) -> Facts:
     pulled = any(level.name in upper.subject_to and not upper.frozen for upper in spec.levels.values())
     batch = (level.batch,) if isinstance(level.batch, str) else level.batch
@@ -100,7 +122,9 @@ def _facts(level: LevelSpec, spec: Spec) -> Facts:
         timing=None if level.frozen else _timing(level),
         optimizer=None if level.frozen else choice(level.optimizer),
         reads=", ".join(_reads(level)) or None,
-        method=None if level.frozen or not pulled else choice(level.hypergradient) or "unroll",
+        method=None if level.frozen or not pulled else method(level),
+        middle=middle(spec, level.name),
+        nested=level.nested if level.name in _structure.nested(known) else None,
         start=start.name if start is not None else None,
         holds=tuple(" → ".join(path) for path in paths),
     )

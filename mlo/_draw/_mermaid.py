@@ -33,6 +33,7 @@ def _label(level: Facts) -> str:
     parts += [] if level.minimises is None else [f"min {_escaped(level.minimises)}"]
     parts += ["constant"] if level.frozen else [_escaped(f"{level.timing} of {level.optimizer}")]
     parts += [] if level.method is None else [f"pulled back by {_escaped(level.method)}"]
+    parts += [] if level.nested is None else [f"total gradient, differentiated: {level.nested}"]
     return "<br/>".join(parts)
 
 

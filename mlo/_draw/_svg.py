@@ -200,6 +200,7 @@ def _details(level: Facts) -> list[str]:
     lines += [] if level.batch is None else [f"on {level.batch}"]
     lines += ["constant"] if level.frozen else [f"{level.optimizer}", f"{level.timing}"]
     lines += [] if level.method is None else [f"pulled back by {level.method}"]
+    lines += [] if level.nested is None else [f"total gradient, differentiated: {level.nested}"]
     return lines + [f"holds fixed {path}" for path in level.holds]
 
 

@@ -31,6 +31,7 @@ def _rows(level: Facts, spec: Spec) -> list[tuple[str, str]]:
         ("moves", "never: a constant" if level.frozen else f"{level.timing} of {level.optimizer}"),
         ("its optimizer reads", level.reads),
         ("pulled back by", level.method),
+        ("in the middle", level.middle),
         ("holds fixed", "; ".join(level.holds)),
         ("constraints", ", ".join(f"{name}: {kind}" for name, kind in written.constraints.items())),
         ("frozen parts", ", ".join(written.freeze)),

@@ -58,9 +58,9 @@ class Run:
         """The graph, built anew."""
         return self.spec.build()[0]
 
-    def state(self, which: str = "selected") -> State:
-        """The state of checkpoint `which`: `selected` or `latest`."""
-        return _checkpoint.load(self.folder / "checkpoint", which, spec_hash=self.spec.hash).state
+    def state(self, which: str = "selected", *, device: str = "cpu") -> State:
+        """The state of checkpoint `which`, `selected` or `latest`, on `device`."""
+        return _checkpoint.load(self.folder / "checkpoint", which, spec_hash=self.spec.hash, device=device).state
 
     def module(self, level: str, which: str = "selected") -> nn.Module:
         """The trained module of `level`, a plain `nn.Module` in evaluation mode."""

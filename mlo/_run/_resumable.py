@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from mlo.spec._build import Assembly
 
 
-def fitting(declared: State, found: State, path: Path) -> None:
+def fitting(
+    declared: State, found: State, path: Path, *, because: str = "the code of the problem has changed since"
+) -> None:
     """Raise `Refused` unless `found` has the variables, shapes and formats of `declared`."""
     expected, given = _described(declared), _described(found)
     for name in {**expected, **given}:
         if expected.get(name) != given.get(name):
             has, wants = given.get(name, "nothing"), expected.get(name, "nothing")
             raise Refused(
-                f"{path}: does not fit the graph: it has {has} for '{name}' where the graph has {wants}; "
-                "the code of the problem has changed since"
+                f"{path}: does not fit the graph: it has {has} for '{name}' where the graph has {wants}; {because}"
             )
 
 

@@ -35,6 +35,7 @@ from mlo._run._summary import print_summary, summarise
 from mlo.spec._build import Assembly, assemble
 
 if TYPE_CHECKING:
+    from mlo._state import State
     from mlo.spec import Spec
 
 
@@ -154,8 +155,7 @@ class _Life:
         say = progress_line(self.console)
         for notice in self.assembly.notices:
             say(f"notice: {notice}")
-        starts = start_runs(spec, self.cache, self._run_start, say)
-        state = graph.init(values=start_values(starts), seed=spec.seed)
+        state = fresh_state(self.assembly, self.cache, self.console, self.processes)
         self.processes.lead("probe", state)
         graph.probe(state, self._source.all_batches(graph.levels, 1))
         try_evaluation(self.assembly, state)
@@ -194,7 +194,7 @@ class _Life:
 
     @property
     def _source(self) -> Source:
-        return Source.of(self.assembly, self.processes)
+        return source_of(self.assembly, self.processes)
 
     def _go_on(self, standing: Standing, selected: _checkpoint.Record | None, began: float) -> Run:
         self.processes.lead("iterate", standing.state)
@@ -232,16 +232,29 @@ class _Life:
         print_summary(self.console, summary, lasting(self.folder, self.cache), unselected=unselected)
         return open_run(self.folder)
 
-    def _run_start(self, start: Spec, inside: Path) -> Any:
+
+def fresh_state(assembly: Assembly, cache: Path, console: Console, processes: Processes | None = None) -> State:
+    """The state before the first iteration. Runs the graphs that levels start from where `cache` does not have them."""
+    others = processes or Processes()
+
+    def run_start(start: Spec, inside: Path) -> Any:
         """Run a graph that levels start from, or go on with it."""
-        level = next(level for level, each in self.assembly.spec.starts.items() if each.hash == start.hash)
-        self.processes.tell(do="start", level=level)
+        level = next(level for level, each in assembly.spec.starts.items() if each.hash == start.hash)
+        others.tell(do="start", level=level)
         if (inside / "spec.yaml").is_file():
             with suppress(Refused):
-                return resume(inside, console=self.console)
+                return resume(inside, console=console)
         if any(inside.iterdir()):  # from a process that died before it began, or damaged
             shutil.rmtree(inside)
-        return run(start, inside, cache=self.cache, console=self.console)
+        return run(start, inside, cache=cache, console=console)
+
+    starts = start_runs(assembly.spec, cache, run_start, progress_line(console))
+    return assembly.graph.init(values=start_values(starts), seed=assembly.spec.seed)
+
+
+def source_of(assembly: Assembly, processes: Processes | None = None) -> Source:
+    """What draws the batches of a run."""
+    return Source.of(assembly, processes or Processes())
 
 
 def _console(console: Console | None, quiet: bool) -> Console:

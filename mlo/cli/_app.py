@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mlo._errors import MloError, explained
 from mlo.cli._arguments import Device, GraphArgument, Imports, Overrides, Seed, modules, with_options
+from mlo.cli._audit import audit
 from mlo.cli._doctor import doctor
 from mlo.cli._export import export
 from mlo.cli._new import new
@@ -85,7 +86,7 @@ def check(
     describe(assembly, Console())
 
 
-for command in (resume, show, export, new, schema, doctor):
+for command in (resume, show, audit, export, new, schema, doctor):
     app.command()(command)
 
 

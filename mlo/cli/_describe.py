@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlo import _structure
-from mlo._draw._facts import choice
+from mlo._draw._facts import method, middle
 from mlo._run._batches import Source
 from mlo.hypergradient import ConjugateGradient, Implicit
 from mlo.optimizer import options_read
@@ -63,12 +63,19 @@ def _upper_lines(spec: Spec, graph: Graph, name: str) -> list[str]:
     below = [lower for lower in reversed(graph.order) if lower in _structure.differentiated(level, graph.levels)]
     if not below:
         return []
-    methods = ", ".join(f"{lower} ({_method(spec, lower)})" for lower in below)
+    methods = ", ".join(f"{lower} ({method(spec.levels[lower])})" for lower in below)
     paths = _structure.held_fixed(level, graph.levels)
     held = "; ".join(" → ".join(path) for path in paths) or "nothing"
-    return [f"{name} differentiates through: {methods}", f"{name} holds fixed: {held}"]
+    follows = middle(spec, name)
+    first = f"{name} differentiates through: {methods}"
+    if follows is not None:
+        first = f"{name} {follows}, {_passes(graph, name)}"
+    return [first, f"{name} holds fixed: {held}"]
 
 
-def _method(spec: Spec, level: str) -> str:
-    """As `show` writes it: `finite_difference {radius: 0.01}`."""
-    return choice(spec.levels[level].hypergradient) or "unroll"
+def _passes(graph: Graph, name: str) -> str:
+    """What a pullback of level `name`, in the middle, costs for the level above that makes it most expensive."""
+    above = [upper for upper, level in graph.levels.items() if name in _structure.differentiated(level, graph.levels)]
+    cost = max((graph.cost_of_pullback(upper, name) for upper in above), key=sum)
+    most = "at most " if _may_stop_early(graph) else ""
+    return f"{most}{cost.gradients + cost.products:,} reverse passes a pullback"

@@ -83,7 +83,7 @@ class Implicit(AbstractHypergradient):
     a response that has not been reached. Costs one gradient, the products of the inverse and those of the cross product.
     An optimizer whose decay is decoupled (AdamW) does not minimise f, and is refused.
 
-    - `inverse`: `Neumann`, `ConjugateGradient`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
+    - `inverse`: `Neumann`, `ConjugateGradient`, `GMRES`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
     - `cross`: `ExactCross` or `CentralDifference`.
     """
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from mlo import _random, _structure
 from mlo._errors import GraphError
-from mlo._graph import Graph, free, misfits, numbers_of, unfit
+from mlo._graph import Graph, free, misfits, numbers_of, objections, unfit
 from mlo._level import Level
 from mlo._problem import Context, Problem, Settings
 from mlo.hypergradient import Unroll
@@ -80,8 +80,8 @@ def assemble(spec: Spec) -> Assembly:
     faults += _evaluation_faults(spec, problem)
     if not faults:
         declared = [level for level in levels if level is not None]
-        for mistake in _structure.mistakes(declared):
-            faults.append(Fault(("levels", mistake.level, mistake.key), mistake.message))
+        mistakes = _structure.mistakes(declared) or objections({level.name: level for level in declared})
+        faults += [Fault(("levels", mistake.level, mistake.key), mistake.message) for mistake in mistakes]
         for name, path, message in misfits({level.name: level for level in declared}):
             chosen = spec.levels[name].optimizer
             here = ("levels", name, "optimizer", chosen.name if chosen else "")

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from mlo._errors import SpecError
-from mlo.spec._faults import Fault, expected, unknown
+from mlo.spec._faults import Broken, Fault, Line, expected, fail, unknown
 from mlo.spec._levels import NONE, Choice
 from mlo.spec._names import leaves
-from mlo.spec._nodes import fold
+from mlo.spec._nodes import Place, fold, plain
 from mlo.spec._options import choose, split_choice
+from mlo.spec._yaml import read_value
 
 if TYPE_CHECKING:
     from mlo.hypergradient import AbstractHypergradient
@@ -38,6 +39,23 @@ def written_as(key: str, value: Any) -> Any:
     """The optimizer or method that a level writes, or None: there is none, or something is wrong with it."""
     name, _ = split_choice(value)
     return None if name is None or fold(name) not in map(fold, candidates(key)) else _chosen(key, value)[0]
+
+
+def method_from(text: str, option: str) -> AbstractHypergradient:
+    """The method that `text` is in YAML: `unroll`, `{neumann: {terms: 5, step_size: 1e-3}}`.
+
+    Raises `SpecError` whose lines begin with `option`, the option of the command line it was given by.
+    """
+    place = Place(f"<{option} {text}>")
+    try:
+        node, lines = read_value(text, place)
+    except Broken as broken:
+        fail([broken.line])
+    made, faults = choose(candidates("hypergradient"), plain(node), _INTERFACES["hypergradient"][2])
+    lines = [*lines, *(Line(place, fault.message, fault.path) for fault in faults)]
+    if lines or made is None:
+        fail(lines)
+    return made
 
 
 def canonical(key: str, name: str) -> str:

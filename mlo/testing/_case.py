@@ -97,11 +97,20 @@ class Case:
             raise Violation("a tensor that no objective reads has a hypergradient", 0, tree[UNUSED])
         return flat(tree).double()
 
-    def compare(self, what: str, found: Tensor, expected: Tensor, allowed: float, *, size: float | None = None) -> None:
+    def compare(
+        self,
+        what: str,
+        found: Tensor,
+        expected: Tensor,
+        allowed: float,
+        *,
+        size: float | None = None,
+        on: str | None = None,
+    ) -> None:
         """Violated unless ‖found − expected‖ ≤ allowed · (‖expected‖ + FLOOR), or relative to `size`."""
         error = (found - expected).norm().item() / ((expected.norm().item() if size is None else size) + FLOOR)
         if not error <= allowed:
-            raise Violation(f"{what} by {error:.1e}, relatively ({allowed:.0e} is allowed)", expected, found)
+            raise Violation(f"{what} by {error:.1e}, relatively ({allowed:.0e} is allowed)", expected, found, on)
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

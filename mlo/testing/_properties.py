@@ -18,6 +18,7 @@ from mlo.testing._case import FLOOR, Case, Violation, contents, copied, counted,
 from mlo.testing._closed_form import UPPER
 from mlo.testing._families import normal
 from mlo.testing._layout import flat, with_unused
+from mlo.testing._nest import nested
 from mlo.testing._network import SAMPLED, WORDS, Noisy, network, sampled, samples, weighted
 from mlo.testing._simulated import in_processes
 
@@ -401,6 +402,7 @@ PROPERTIES: Mapping[str, Callable[[Case], None]] = MappingProxyType(
         "response": response,
         "replayed = direct": replayed,
         "central differences": central_differences,
+        "nested": nested,
     }
 )
 """Every property by name, in the order in which `check_method` looks at them; the docstrings say what each one asks."""

@@ -240,6 +240,18 @@ def forgets_the_factor(at: Any, cotangent: Any) -> Any:
     return series
 
 
+def holds_q_fixed(method: Any, response: Any, cotangent: Any) -> Any:
+    """A pullback whose derivative leaves out that of the inverse, as one made outside of autograd does."""
+    at = response.linearise()
+    return scaled(at.cross(_tree.detach(at.inverse(method.solve, cotangent))), -1.0)
+
+
+def differentiates_through(method: Any, response: Any, cotangent: Any) -> Any:
+    """A truncated series, differentiated through its own arithmetic."""
+    at = response.linearise()
+    return scaled(at.cross(method.solve(at, cotangent)), -1.0)
+
+
 def looks(at: Any, cotangent: Any) -> Any:
     return cotangent if _tree.norm(cotangent) != 0 else _tree.zeros(cotangent)
 
@@ -317,6 +329,13 @@ DEFECTS = {  # the method, the answer it claims, the property that must be named
         {},
     ),
     "an inverse that does not exist": (Exact(), "exact", "unused", {}),
+    "holds the inverse fixed in a nest": (Altered(Exact(), holds_q_fixed), "exact", "nested", {"without": {"unused"}}),
+    "differentiates through a series in a nest": (
+        Altered(Neumann(terms=1, step_size=0.5), differentiates_through),
+        lambda h, v: 0.5 * v + 0.5 * (v - 0.5 * h @ v),
+        "nested",
+        {},
+    ),
 }
 
 
