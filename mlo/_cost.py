@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import nn
 
 from mlo import _structure
+from mlo._reduction import current_group
 from mlo.hypergradient import Cost as Passes
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class _Prediction:
         read = [self.plan.levels[read] for read in self.plan.depends_on(name) if read in live]
         cost = _sum(cost, level.hypergradient.cost_of_reads(level.steps, sum(size(level.variables) for level in read)))
         if name not in self.plan.nested:
-            return cost
+            again = 0 if current_group() is None else level.hypergradient.tape(level.steps, numbers).recorded
+            return Passes(cost.gradients + again, cost.products)
         compared = min(2, cost.gradients) if _nesting(level).compares else 0
         towards = set(self.plan.depends_on(name)) & live
         plain = self.gradient(name, towards)

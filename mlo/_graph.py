@@ -17,6 +17,7 @@ from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
+from mlo._reduction import current_group, refuse_batch_objective, refuse_nesting
 from mlo._state import Metrics, Parts, State
 from mlo.optimizer import initial, options_read
 
@@ -176,7 +177,20 @@ class Graph:
         for name in batches or {}:
             if name not in self.levels:
                 raise UserError(f"batches: no level named '{name}'.{nearest(name, self.levels)}")
+        if current_group() is not None:
+            self._refuse_division()
         return batches or {}
+
+    def _refuse_division(self) -> None:
+        """Raise for what several processes, each with a part of every batch, cannot compute."""
+        if inside_transform():
+            raise UserError(
+                "several processes cannot reduce anything inside a torch.func transform: run it in one process"
+            )
+        for name, level in self.levels.items():
+            refuse_batch_objective(name, level.objective)
+            if name in self._plan.nested:
+                refuse_nesting(name)
 
 
 def plan_of(graph: Graph) -> _engine.Plan:

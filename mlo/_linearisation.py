@@ -187,7 +187,8 @@ class Linearisation(AbstractLinearisation):
 
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
-        return reduced_trees(self._pull(direction, towards, retain=True))
+        found = self._pull(direction, towards, retain=True)
+        return reduced_trees(found, self._record.batch, self._level.name)[0]
 
 
 class _Inverse(torch.autograd.Function):

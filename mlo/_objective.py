@@ -15,7 +15,7 @@ from mlo import _random, _tree
 from mlo._autodiff import gradients, inside_transform
 from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
-from mlo._reduction import reduced_trees
+from mlo._reduction import current_group, reduced_trees
 from mlo._structure import reads
 from mlo.optimizer import options_read
 
@@ -239,13 +239,18 @@ def partials(
     record: Record,
     towards: tuple[str, ...],
 ) -> tuple[Upstream, Tensor, Aftermath]:
-    """∂f/∂(variables of each level in `towards`), reduced over processes, the loss, and what the evaluation leaves.
+    """∂f/∂(variables of each level in `towards`), the loss, and what the evaluation leaves. One first-order reverse pass.
 
-    A level that the objective does not depend on is absent. One first-order reverse pass.
+    A level that the objective does not depend on is absent. Gradients, loss and measurements are reduced over processes:
+    measurements of one number, that is; others are those of this process's part of the batch.
     """
 
     def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
     found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
-    return reduced_trees(found), loss, aftermath
+    if current_group() is None:
+        return found, loss, aftermath
+    means = {key: value for key, value in aftermath.measured.items() if not value.dim() and value.is_floating_point()}
+    found, (loss, *reduced) = reduced_trees(found, record.batch, level.name, [loss, *means.values()])
+    return found, loss, aftermath._replace(measured={**aftermath.measured, **dict(zip(means, reduced, strict=True))})

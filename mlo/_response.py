@@ -14,11 +14,12 @@ from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, options_of
-from mlo._reduction import refuse_recording
+from mlo._reduction import current_group
 from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
+from mlo.hypergradient._unroll import replayed
 from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Response(AbstractResponse):
     """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
+    `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
     `begin` and `records` are what is needed to take all steps again.
     """
 
@@ -68,7 +70,9 @@ class Response(AbstractResponse):
 
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
-        assert self.pull is not None, "no step was recorded"
+        assert self.recorded, "no step was recorded"
+        if self.pull is None:
+            return replayed(self.kept[-self.recorded :], cotangent)
         self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
@@ -119,6 +123,10 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     recording = is_recorded(around.values.values())
     pulled = recording or around.live
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
+    replaced = 0
+    if current_group() is not None:  # a recorded step would have to be differentiated through its reduction
+        replaced = min(steps, tape.recorded)
+        tape = tape._replace(recorded=0, kept=max(replaced, tape.kept))
     every = 1 if recording else tape.every
     begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
     position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
@@ -151,10 +159,10 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         rest=rest,
         begin=start,
         records=tuple(records),
+        recorded=replaced,
         tangents=tuple(tangents),
     )
     if begun < steps:
-        refuse_recording(level.name)
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
 

@@ -131,7 +131,10 @@ class AbstractResponse(ABC):
 
     @abstractmethod
     def pull_recorded(self, cotangent: Tree) -> Upstream:
-        """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step."""
+        """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step.
+
+        Under several processes steps are kept where a method asks for recorded ones: then one gradient a step, too.
+        """
 
     @abstractmethod
     def taken(self) -> Sequence[AbstractStep]:
