@@ -201,6 +201,8 @@ def plan_of(graph: Graph) -> _engine.Plan:
 @contextmanager
 def _undisturbed() -> Generator[None]:
     """Torch's global RNG is left as it was found, and nothing is recorded but what the engine records itself."""
+    if torch.is_inference_mode_enabled():
+        raise UserError("nothing can be differentiated inside torch.inference_mode(); torch.no_grad() is no obstacle")
     with _random.preserved(), nullcontext() if inside_transform() else torch.no_grad():
         yield
 
@@ -216,8 +218,11 @@ def objections(levels: Mapping[str, Level]) -> list[Mistake]:
     for level in levels.values():
         found += _game_objections(level, levels)
     for name in sorted(_structure.nested(levels)):
+        above = levels[name].hypergradient.nesting(levels[name].steps, size(levels[name].variables))
         if levels[name].nested == "reduced":
             found += _nest_objections(name, levels)
+        elif above.needs_objective is not None:
+            found.append(Mistake(name, "hypergradient", f"{above.needs_objective}; take unroll"))
     return found
 
 
@@ -247,7 +252,7 @@ def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
     above = upper.hypergradient.nesting(upper.steps, size(upper.variables))
     found: list[Mistake] = []
     if above.needs_objective is not None:
-        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; say nested: direct or take unroll"))
+        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; take unroll"))
     for name in _structure.response_order(upper, levels):
         lower = levels[name]
         below = lower.hypergradient.nesting(lower.steps, size(lower.variables))

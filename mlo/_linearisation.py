@@ -182,6 +182,8 @@ class Linearisation(AbstractLinearisation):
     @property
     def _pair(self) -> tuple[str, str]:
         """The upper level it is pulled back for, and the level."""
+        if self._around.upper is not None:
+            return self._around.upper, self._level.name
         pullbacks = self._around.tally.pullbacks
         return pullbacks[-1][0] if pullbacks else self._level.name, self._level.name
 

@@ -39,9 +39,9 @@ class Record:
     batch: Any
     seed: int
     iteration: int
-    choices: Mapping[str, Any] | None = None
+    choices: Mapping[Any, Any] | None = None
 
-    def with_choices(self, choices: Mapping[str, Any]) -> Record:
+    def with_choices(self, choices: Mapping[Any, Any]) -> Record:
         """This record, closed: the choices were made."""
         return replace(self, choices=choices)
 
@@ -54,7 +54,7 @@ class Aftermath(NamedTuple):
 
     measured: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    choices: dict[str, Any]
+    choices: dict[Any, Any]
     parts: tuple[Parts, ...] = ()
 
 
@@ -74,7 +74,7 @@ class Values(Mapping[str, Any]):
         self._reader = reader
         self._views = views
         self._record = record
-        self.choices: dict[str, Any] = dict(record.choices or {})
+        self.choices: dict[Any, Any] = dict(record.choices or {})
 
     @property
     def iteration(self) -> int:

@@ -68,6 +68,11 @@ class Response(AbstractResponse):
         """What the objective measured at each step."""
         return tuple(aftermath.measured for aftermath in self.aftermaths)
 
+    def towards(self, names: tuple[str, ...]) -> Response:
+        """The same, to be pulled back to no other levels than these."""
+        live = tuple(name for name in self.around.live if name in names)
+        return self if live == self.around.live else replace(self, around=replace(self.around, live=live))
+
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
         assert self.recorded, "no step was recorded"
@@ -99,8 +104,12 @@ class Response(AbstractResponse):
     def retaken(self, direction: Upstream, *, scale: float) -> Tree:
         """See `AbstractResponse`."""
         moved = {name: _tree.add(self.around.values[name], tree, scale=scale) for name, tree in direction.items()}
-        around = replace(self.around, values={**self.around.values, **moved}, live=())
-        return respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+        tally = replace(self.around.tally, gradients=0, products=0, pullbacks=[])  # none of its sweeps is a level's own
+        around = replace(self.around, values={**self.around.values, **moved}, live=(), tally=tally)
+        end = respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+        self.around.tally.gradients += tally.gradients
+        self.around.tally.products += tally.products
+        return end
 
     def taken(self) -> Sequence[AbstractStep]:
         """See `AbstractResponse`."""

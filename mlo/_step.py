@@ -69,7 +69,8 @@ class AbstractNest(ABC):
 class Surroundings:
     """What a level sees around it while it takes its steps: held fixed but for the levels in `live`.
 
-    With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it.
+    With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it. `upper`
+    is the level it responds to where it is itself below one in a nest.
     """
 
     skeletons: Mapping[str, Skeleton]
@@ -78,6 +79,7 @@ class Surroundings:
     live: tuple[str, ...]
     tally: Tally
     nest: AbstractNest | None = None
+    upper: str | None = None
 
 
 @final

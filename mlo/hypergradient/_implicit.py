@@ -90,6 +90,11 @@ class Implicit(AbstractHypergradient):
     inverse: AbstractInverse
     cross: AbstractCross = field(default_factory=ExactCross)
 
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return self.inverse.may_stop
+
     def tape(self, steps: int, size: int) -> Tape:
         """The last step, unrecorded: the response is taken as a solution, however it was reached."""
         return Tape(recorded=0, kept=1)
@@ -106,6 +111,7 @@ class Implicit(AbstractHypergradient):
         own = self.cost(steps, size)
         return Nesting(
             compares=self.cross.compares,
+            plain=self.cross.cost.gradients,
             symmetric=self.inverse.is_symmetric(size),
             needs_symmetry=self.inverse.needs_symmetry,
             again=Cost(own.gradients + 2, own.products + self.inverse.products(size) + 2),

@@ -69,8 +69,14 @@ class Unroll(AbstractHypergradient):
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """Recorded steps are differentiated as they are; replayed ones are replayed again, and so are their starts."""
-        again = max(0, 2 * self.tape(steps, size).kept - 1)
-        return Nesting(follows=self.last is None or self.last >= steps, again=Cost(gradients=again, products=again))
+        tape = self.tape(steps, size)
+        again, retaken = max(0, 2 * tape.kept - 1), tape.kept - -(-tape.kept // tape.every)
+        return Nesting(
+            follows=self.last is None or self.last >= steps,
+            plain=retaken,
+            recording=Cost(gradients=-retaken, products=0),  # then every position is kept
+            again=Cost(gradients=again, products=again),
+        )
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """None: every optimizer is differentiable."""
