@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlo._errors import MloError as MloError
     from mlo._errors import NumericalError as NumericalError
     from mlo._errors import SpecError as SpecError
+    from mlo._errors import StoppedElsewhere as StoppedElsewhere
     from mlo._errors import UserError as UserError
     from mlo._graph import Graph as Graph
     from mlo._level import Level as Level
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mlo._problem import Settings as Settings
     from mlo._problem import Split as Split
     from mlo._problem import Table as Table
+    from mlo._reduction import reduction as reduction
     from mlo._run import Run as Run
     from mlo._run import open_run as open_run
     from mlo._run import resume as resume
@@ -60,6 +62,7 @@ _HOMES = {
     "MloError": "mlo._errors",
     "NumericalError": "mlo._errors",
     "SpecError": "mlo._errors",
+    "StoppedElsewhere": "mlo._errors",
     "UserError": "mlo._errors",
     "Graph": "mlo._graph",
     "Level": "mlo._level",
@@ -72,6 +75,7 @@ _HOMES = {
     "Settings": "mlo._problem",
     "Split": "mlo._problem",
     "Table": "mlo._problem",
+    "reduction": "mlo._reduction",
     "Run": "mlo._run",
     "open_run": "mlo._run",
     "resume": "mlo._run",

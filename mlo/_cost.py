@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import nn
 
 from mlo import _structure
+from mlo._reduction import current_group
 from mlo.hypergradient import Cost as Passes
 
 if TYPE_CHECKING:
@@ -47,12 +49,38 @@ def predicted(plan: Plan, iterations: int) -> Cost:
         if level.lookahead:
             for lower in below:
                 retaken[lower].update(range(level.warm_up + level.every, iterations + 1, level.every))
-    covered = {lower for name in plan.nested for lower in plan.differentiated(name)}
     for name, times in retaken.items():
-        if name not in covered:
-            total = _sum(total, _times(len(times), inside.responses([name])))
-            pullbacks += len(times) * inside.sweeps(name)
+        above = (middle for middle in plan.nested if name in plan.differentiated(middle))
+        alone = times.difference(*(retaken[middle] for middle in above))  # else taken with the one in the middle
+        total = _sum(total, _times(len(alone), inside.responses([name])))
+        pullbacks += len(alone) * inside.sweeps(name)
+    total = _sum(total, _carried(plan, iterations))
     return Cost(*total, pullbacks)
+
+
+def _carried(plan: Plan, iterations: int) -> Passes:
+    """What tangents cost that are carried along with steps: once a response, for all levels that are due together."""
+    carrying = {
+        name: level
+        for name, level in plan.levels.items()
+        if level.hypergradient.tape(level.steps, size(level.variables)).forward
+    }
+    uppers = [name for name in plan.levels if plan.differentiated(name) and name not in plan.nested]
+    if not any(name in carrying for upper in uppers for name in plan.differentiated(upper)):
+        return Passes(0, 0)
+    due = Counter(
+        tuple(name for name in uppers if _structure.is_due(plan.levels[name], time))
+        for time in range(1, iterations + 1)
+    )
+    total = Passes(0, 0)
+    for together, times in due.items():
+        live = {name for upper in together for name in (upper, *plan.differentiated(upper))}
+        for name, level in carrying.items():
+            above = [plan.levels[upper] for upper in together if name in plan.differentiated(upper)]
+            responses = 1 + sum(upper.steps - 1 for upper in above) if above else 0
+            read = sum(size(plan.levels[read].variables) for read in plan.depends_on(name) if read in live)
+            total = _sum(total, _times(times * responses, level.hypergradient.cost_of_reads(level.steps, read)))
+    return total
 
 
 def of_pullback(plan: Plan, upper: str, name: str) -> Passes:
@@ -106,14 +134,16 @@ class _Prediction:
     def pullback(self, name: str, live: set[str]) -> Passes:
         """One pullback of level `name` to the levels in `live`."""
         level = self.plan.levels[name]
-        players = {name, *(live & set(level.against) if level.hypergradient.is_joint else ())}
+        players = self.players(name, live)
         numbers = sum(size(self.plan.levels[player].variables) for player in players)
         cost = level.hypergradient.cost(level.steps, numbers)
-        read = [self.plan.levels[read] for read in self.plan.depends_on(name) if read in live]
-        cost = _sum(cost, level.hypergradient.cost_of_reads(level.steps, sum(size(level.variables) for level in read)))
+        if not level.hypergradient.tape(level.steps, numbers).forward:  # what is carried along is paid for elsewhere
+            read = sum(size(self.plan.levels[read].variables) for read in self.plan.depends_on(name) if read in live)
+            cost = _sum(cost, level.hypergradient.cost_of_reads(level.steps, read))
         if name not in self.plan.nested:
-            return cost
-        compared = min(2, cost.gradients) if _nesting(level).compares else 0
+            again = 0 if current_group() is None else level.hypergradient.tape(level.steps, numbers).recorded
+            return Passes(cost.gradients + again, cost.products)
+        compared = min(_nesting(level).plain, cost.gradients)
         towards = set(self.plan.depends_on(name)) & live
         plain = self.gradient(name, towards)
         if level.nested == "direct":
@@ -128,6 +158,15 @@ class _Prediction:
             _times(cost.gradients - compared, recorded),
             _times(cost.products, Passes(0, 1), self.again(name)),
         )
+
+    def players(self, name: str, live: set[str]) -> set[str]:
+        """The level, and those of `live` that are pulled back together with it."""
+        found, waiting = {name}, [name]
+        while self.plan.levels[name].hypergradient.is_joint and waiting:
+            new = (live & set(self.plan.levels[waiting.pop()].against)) - found
+            found |= new
+            waiting += new
+        return found
 
     def again(self, name: str) -> Passes:
         """What a derivative of one total gradient of level `name` costs below it."""

@@ -136,7 +136,7 @@ class Iteration:
         below: list[Below] = []
         for name in self.plan.differentiated(level.name):
             lower = self.plan.levels[name]
-            opponents = {opponent: self.begin.values[opponent] for opponent in lower.against}
+            opponents = {opponent: position(self.begin, opponent) for opponent in lower.against}
             inner = self._nest(lower) if self.plan.differentiated(name) else None
             start = position(self.begin, name)
             below.append(Below(lower, start, self.plan.depends_on(name), opponents, self._records(lower), inner))
@@ -152,6 +152,7 @@ class Iteration:
         )
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)
+        responses = {name: response.towards((upper, *responses)) for name, response in responses.items()}
         through = {
             name: arrived[upper]
             for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
@@ -310,7 +311,10 @@ class Iteration:
 
 def position(state: State, name: str) -> Position:
     """Where level `name` stands in `state`."""
-    return Position(state.values[name], state.buffers.get(name, {}), state.optimizers.get(name, OptimizerState()))
+    variables = state.values[name]
+    if not inside_transform():
+        variables = _tree.detach(variables)
+    return Position(variables, state.buffers.get(name, {}), state.optimizers.get(name, OptimizerState()))
 
 
 def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
@@ -324,6 +328,9 @@ def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
     due = [name for name, level in plan.levels.items() if is_due(level, inside.number)]
     uppers = [name for name in due if plan.differentiated(name) and name not in plan.nested]
     inner = {lower for name in due if name in plan.nested for lower in plan.differentiated(name)}  # taken anew above
+    for place, name in enumerate(due):  # but not before these need them
+        if name in uppers and any(later in plan.nested for later in due[place:]):
+            inner -= set(plan.differentiated(name))
     live = {name for upper in uppers for name in (upper, *plan.differentiated(upper))}
     pulled = {name for upper in uppers for name in plan.differentiated(upper)}
     responses: dict[str, Response] = {}
@@ -333,7 +340,7 @@ def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
                 below = {lower: responses[lower] for lower in plan.differentiated(name)}
                 inside.ascend(name, below, live)
             else:
-                responses |= inside.descend(name, () if name in inner else pulled, live)
+                responses |= inside.descend(name, pulled - inner if name in inner else pulled, live)
         inside.look_ahead(name for name in uppers if plan.levels[name].lookahead)
     except Exception:
         inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
@@ -358,7 +365,8 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
     inside = Iteration.of(plan, state, batches)
     live = (upper, *plan.differentiated(upper))
     for name, response in inside.respond_below(upper, live).items():
-        if not response.level.hypergradient.differentiates or reads_live(plan.levels[name].optimizer, live):
+        method = response.level.hypergradient  # players that are pulled back together reach back together
+        if not method.differentiates or method.is_joint or reads_live(plan.levels[name].optimizer, live):
             continue
         try:
             reached = response.linearise().cross(response.end.variables)

@@ -63,6 +63,17 @@ class MachineError(MloError):
     exit_code = 4
 
 
+@final
+class StoppedElsewhere(MloError):
+    """This process cannot go on, because another one of the same run has stopped."""
+
+    exit_code = 4
+
+    def __init__(self, what: str, exit_code: int = 4) -> None:
+        super().__init__(f"another process of this run has stopped: {what}")
+        self.exit_code = exit_code
+
+
 _MACHINE = {
     getattr(errno, name, None)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE")

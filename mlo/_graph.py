@@ -18,6 +18,7 @@ from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
+from mlo._reduction import current_group, refuse_batch_objective, refuse_nesting
 from mlo._state import Metrics, Parts, State
 from mlo.optimizer import initial, options_read
 
@@ -198,7 +199,20 @@ class Graph:
         for name in batches or {}:
             if name not in self.levels:
                 raise UserError(f"batches: no level named '{name}'.{nearest(name, self.levels)}")
+        if current_group() is not None:
+            self._refuse_division()
         return batches or {}
+
+    def _refuse_division(self) -> None:
+        """Raise for what several processes, each with a part of every batch, cannot compute."""
+        if inside_transform():
+            raise UserError(
+                "several processes cannot reduce anything inside a torch.func transform: run it in one process"
+            )
+        for name, level in self.levels.items():
+            refuse_batch_objective(name, level.objective)
+            if name in self._plan.nested:
+                refuse_nesting(name)
 
 
 def plan_of(graph: Graph) -> _engine.Plan:
@@ -209,6 +223,8 @@ def plan_of(graph: Graph) -> _engine.Plan:
 @contextmanager
 def _undisturbed() -> Generator[None]:
     """Torch's global RNG is left as it was found, and nothing is recorded but what the engine records itself."""
+    if torch.is_inference_mode_enabled():
+        raise UserError("nothing can be differentiated inside torch.inference_mode(); torch.no_grad() is no obstacle")
     with _random.preserved(), nullcontext() if inside_transform() else torch.no_grad():
         yield
 
@@ -224,8 +240,11 @@ def objections(levels: Mapping[str, Level]) -> list[Mistake]:
     for level in levels.values():
         found += _game_objections(level, levels)
     for name in sorted(_structure.nested(levels)):
+        above = levels[name].hypergradient.nesting(levels[name].steps, size(levels[name].variables))
         if levels[name].nested == "reduced":
             found += _nest_objections(name, levels)
+        elif above.needs_objective is not None:
+            found.append(Mistake(name, "hypergradient", f"{above.needs_objective}; take unroll"))
     return found
 
 
@@ -255,7 +274,7 @@ def _nest_objections(middle: str, levels: Mapping[str, Level]) -> list[Mistake]:
     above = upper.hypergradient.nesting(upper.steps, size(upper.variables))
     found: list[Mistake] = []
     if above.needs_objective is not None:
-        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; say nested: direct or take unroll"))
+        found.append(Mistake(middle, "hypergradient", f"{above.needs_objective}; take unroll"))
     for name in _structure.response_order(upper, levels):
         lower = levels[name]
         below = lower.hypergradient.nesting(lower.steps, size(lower.variables))

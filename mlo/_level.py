@@ -83,6 +83,11 @@ class Level:
             raise UserError(f"level '{self.name}' has an optimizer and no objective")
 
     @property
+    def is_joint(self) -> bool:
+        """Whether it is differentiated together with the levels it plays against."""
+        return self.hypergradient.is_joint
+
+    @property
     def frozen(self) -> bool:
         """Whether the level is a constant."""
         return self.optimizer is None

@@ -183,12 +183,15 @@ class Linearisation(AbstractLinearisation):
     @property
     def _pair(self) -> tuple[str, str]:
         """The upper level it is pulled back for, and the level."""
+        if self._around.upper is not None:
+            return self._around.upper, self._level.name
         pullbacks = self._around.tally.pullbacks
         return pullbacks[-1][0] if pullbacks else self._level.name, self._level.name
 
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
-        return reduced_trees(self._pull(direction, towards, retain=True))
+        found = self._pull(direction, towards, retain=True)
+        return reduced_trees(found, self._record.batch, self._level.name)[0]
 
 
 class _Inverse(torch.autograd.Function):

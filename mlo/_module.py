@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mlo._constraint import Constraints
 from mlo._errors import UserError
+from mlo._reduction import current_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +34,15 @@ class Skeleton:
 
     def __init__(self, variables: object, constraints: Constraints | None = None) -> None:
         module = variables if isinstance(variables, nn.Module) else None
+        if module:
+            refuse_wrapped(module)
         self.runs = module is not None
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)} if module else {}
         self._places = {mode: _places(copy) for mode, copy in self._modes.items()}
         self.written = frozenset(name for name, _ in module.named_buffers()) if module else frozenset[str]()
         """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
         self._ties = _ties(module) if module else {}
+        self._batch_statistics = {mode: _batch_statistics(each, training=mode) for mode, each in self._modes.items()}
         self._constraints = constraints
 
     def constrained(self, variables: Tree) -> Tree:
@@ -50,6 +57,12 @@ class Skeleton:
         A buffer may have been written to, or another tensor assigned in its place; torch puts the latter into the mapping
         it was given.
         """
+        statistics = self._batch_statistics[training]
+        if statistics is not None and current_group() is not None:
+            raise UserError(
+                f"'{statistics}' takes statistics of the batch, of which each of several processes sees a part: call the "
+                "module with training=False, replace the layer (by GroupNorm, say), or run in one process"
+            )
         everything = {**tensors, **{name: tensors[first] for name, first in self._ties.items()}}
         places = self._places[training]
         stood = [(name, *places[name]) for name in everything]
@@ -94,14 +107,44 @@ def _ties(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def numbers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Clones of a module's trained parameters, and of its buffers with the parameters that do not require a gradient."""
+def _batch_statistics(module: nn.Module, *, training: bool) -> str | None:
+    """The first part of `module`, by name and kind, whose output or buffers are computed from statistics of the batch."""
+    for name, part in module.named_modules():
+        tracked = getattr(part, "running_mean", None) is not None
+        normalises = isinstance(part, _BatchNorm) and (training or not tracked)
+        if normalises or (isinstance(part, _InstanceNorm) and training and tracked):
+            return f"{name} ({type(part).__name__})" if name else type(part).__name__
+    return None
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Raise `UserError` for a module that synchronises processes by itself, where the engine would not see it."""
+    sharded = _known("torch.distributed.fsdp", "FullyShardedDataParallel", "FSDPModule")
     for part in module.modules():
         if isinstance(part, DistributedDataParallel | DataParallel):
             kind = type(part).__name__
             raise UserError(
                 f"a module wrapped in {kind} would run with gradients that are not reduced: pass module.module"
             )
+        kinds = [kind.__name__ for kind in sharded if isinstance(part, kind)]
+        held = _known("torch.distributed.tensor", "DTensor")
+        kinds += ["DTensor"] if any(isinstance(tensor, held) for tensor in part.parameters(recurse=False)) else []
+        if kinds:
+            raise UserError(
+                f"a module whose parameters are sharded ({kinds[0]}) cannot be a level: every process holds all of them and "
+                "a part of every batch; pass the plain module"
+            )
+
+
+def _known(module: str, *names: str) -> tuple[type, ...]:
+    """Classes of `module` if anybody has imported it: doing so takes two seconds, and nothing is one of them before."""
+    loaded = sys.modules.get(module)
+    return tuple(getattr(loaded, name) for name in names if hasattr(loaded, name))
+
+
+def numbers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Clones of a module's trained parameters, and of its buffers with the parameters that do not require a gradient."""
+    refuse_wrapped(module)
     parameters = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if tensor.requires_grad}
     frozen = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not tensor.requires_grad}
     buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}

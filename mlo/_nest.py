@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -40,7 +40,7 @@ class Below:
     level: Level
     start: Position
     depends_on: tuple[str, ...]
-    opponents: Mapping[str, Tree]
+    opponents: Mapping[str, Position]
     records: tuple[Record, ...]
     nest: AbstractNest | None
 
@@ -125,32 +125,33 @@ class Nest(AbstractNest):
         record: Record,
         towards: tuple[str, ...],
         tally: Tally,
-    ) -> tuple[dict[str, Response], dict[str, object]]:
+    ) -> tuple[dict[str, Response], dict[Any, object]]:
         """The responses of all levels below to `values`, and the choices made at their steps, by level and step."""
         inner, around = dict(values), dict(buffers)
         responses: dict[str, Response] = {}
-        choices: dict[str, object] = {}
+        choices: dict[Any, object] = {}
         listed = {each.level.name for each in self.below}
         for each in self.below:
             name = each.level.name
             live = tuple(read for read in each.depends_on if read in towards or read in listed)
             surroundings = Surroundings(
                 self.skeletons,
-                {**inner, **each.opponents},
-                {**around, name: each.start.buffers},
+                {**inner, **{other: at.variables for other, at in each.opponents.items()}},
+                {**around, **{other: at.buffers for other, at in each.opponents.items()}, name: each.start.buffers},
                 live,
                 tally,
                 each.nest,
+                self.level.name,
             )
-            records = [_closed(own, record, f"{name}/{step}") for step, own in enumerate(each.records)]
+            records = [_closed(own, record, (name, step)) for step, own in enumerate(each.records)]
             response = respond(each.level, each.start, surroundings, records, steps=each.level.steps)
             responses[name] = response
             inner[name], around[name] = response.end.variables, response.end.buffers
-            choices |= {f"{name}/{step}": left.choices for step, left in enumerate(response.aftermaths)}
+            choices |= {(name, step): left.choices for step, left in enumerate(response.aftermaths)}
         return responses, choices
 
 
-def _closed(own: Record, above: Record, key: str) -> Record:
+def _closed(own: Record, above: Record, key: tuple[str, int]) -> Record:
     """The record of a step below, with the choices it made where the step above is evaluated again."""
     if above.choices is None or key not in above.choices:
         return own

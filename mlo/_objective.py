@@ -15,7 +15,7 @@ from mlo import _random, _tree
 from mlo._autodiff import gradients, inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
-from mlo._reduction import reduced_trees
+from mlo._reduction import current_group, reduced_trees
 from mlo._structure import reads
 from mlo.optimizer import options_read
 
@@ -39,9 +39,9 @@ class Record:
     batch: Any
     seed: int
     iteration: int
-    choices: Mapping[str, Any] | None = None
+    choices: Mapping[Any, Any] | None = None
 
-    def with_choices(self, choices: Mapping[str, Any]) -> Record:
+    def with_choices(self, choices: Mapping[Any, Any]) -> Record:
         """This record, closed: the choices were made."""
         return replace(self, choices=choices)
 
@@ -54,7 +54,7 @@ class Aftermath(NamedTuple):
 
     measured: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    choices: dict[str, Any]
+    choices: dict[Any, Any]
     parts: tuple[Parts, ...] = ()
 
 
@@ -74,7 +74,7 @@ class Values(Mapping[str, Any]):
         self._reader = reader
         self._views = views
         self._record = record
-        self.choices: dict[str, Any] = dict(record.choices or {})
+        self.choices: dict[Any, Any] = dict(record.choices or {})
 
     @property
     def iteration(self) -> int:
@@ -242,13 +242,18 @@ def partials(
     record: Record,
     towards: tuple[str, ...],
 ) -> tuple[Upstream, Tensor, Aftermath]:
-    """∂f/∂(variables of each level in `towards`), reduced over processes, the loss, and what the evaluation leaves.
+    """∂f/∂(variables of each level in `towards`), the loss, and what the evaluation leaves. One first-order reverse pass.
 
-    A level that the objective does not depend on is absent. One first-order reverse pass.
+    A level that the objective does not depend on is absent. Gradients, loss and measurements are reduced over processes:
+    measurements of one number, that is; others are those of this process's part of the batch.
     """
 
     def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
     found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
-    return reduced_trees(found), loss, aftermath
+    if current_group() is None:
+        return found, loss, aftermath
+    means = {key: value for key, value in aftermath.measured.items() if not value.dim() and value.is_floating_point()}
+    found, (loss, *reduced) = reduced_trees(found, record.batch, level.name, [loss, *means.values()])
+    return found, loss, aftermath._replace(measured={**aftermath.measured, **dict(zip(means, reduced, strict=True))})

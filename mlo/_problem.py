@@ -86,7 +86,8 @@ class Problem:
     """Functions by the names that graphs use.
 
     - `variables`: builders, `builder(*, option: type = default)` giving an `nn.Module`, tensors by name, or one tensor.
-    - `objectives`: `objective(values, batch, *, option: type = default)` giving a loss, or a loss and measurements.
+    - `objectives`: `objective(values, batch, *, option: type = default)` giving a loss, or a loss and measurements; one
+      that is no mean over samples is declared by `@mlo.reduction("batch")`.
     - `streams`: what levels draw batches from; a plain iterable works, but resuming is then not exact.
     - `evaluate`: judges trained levels, see `Evaluate`.
     """

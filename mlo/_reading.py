@@ -5,7 +5,7 @@ Works on names and shapes, without torch, so that a wrong graph is answered in u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from mlo import _structure
@@ -75,9 +75,8 @@ def left_out(
     """Levels whose method would leave out what reaches their response through their optimizer's options, and why."""
     found: dict[str, str] = {}
     for upper in levels.values():
-        below = () if upper.frozen else _structure.differentiated(upper, levels)
-        for name in below:
-            reads = reads_live(optimizers.get(name), {upper.name, *below})
+        for name, live in _live(upper, levels, set()):
+            reads = reads_live(optimizers.get(name), live)
             if name in methods and not methods[name].follows_optimizer:
                 for path, read in reads[:1]:
                     found[name] = (
@@ -85,6 +84,18 @@ def left_out(
                         f"{path[-1]}, read from '{read.level}', would be left out without a word; `unroll` follows them"
                     )
     return found
+
+
+def _live(
+    upper: _structure.Declared, levels: Mapping[str, _structure.Declared], above: set[str]
+) -> Iterator[tuple[str, set[str]]]:
+    """Levels that are differentiated for `upper`, and in what: below one in the middle, also in what is above it."""
+    below = () if upper.frozen else _structure.differentiated(upper, levels)
+    live = {upper.name, *below, *above}
+    for name in below:
+        yield name, live
+        if levels[name].nested == "reduced":
+            yield from _live(levels[name], levels, live)
 
 
 def _misfits(

@@ -14,11 +14,12 @@ from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise, refuse_drawing
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, options_of
-from mlo._reduction import refuse_recording
+from mlo._reduction import current_group
 from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
+from mlo.hypergradient._unroll import replayed
 from mlo.optimizer import OptimizerState, updated
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Response(AbstractResponse):
     """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
+    `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
     `begin` and `records` are what is needed to take all steps again.
     """
 
@@ -66,9 +68,16 @@ class Response(AbstractResponse):
         """What the objective measured at each step."""
         return tuple(aftermath.measured for aftermath in self.aftermaths)
 
+    def towards(self, names: tuple[str, ...]) -> Response:
+        """The same, to be pulled back to no other levels than these."""
+        live = tuple(name for name in self.around.live if name in names)
+        return self if live == self.around.live else replace(self, around=replace(self.around, live=live))
+
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
-        assert self.pull is not None, "no step was recorded"
+        assert self.recorded, "no step was recorded"
+        if self.pull is None:
+            return replayed(self.kept[-self.recorded :], cotangent)
         self.around.tally.products += self.recorded
         return self.pull(cotangent, self.around.live, retain=True)
 
@@ -96,8 +105,12 @@ class Response(AbstractResponse):
     def retaken(self, direction: Upstream, *, scale: float) -> Tree:
         """See `AbstractResponse`."""
         moved = {name: _tree.add(self.around.values[name], tree, scale=scale) for name, tree in direction.items()}
-        around = replace(self.around, values={**self.around.values, **moved}, live=())
-        return respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+        tally = replace(self.around.tally, gradients=0, products=0, pullbacks=[])  # none of its sweeps is a level's own
+        around = replace(self.around, values={**self.around.values, **moved}, live=(), tally=tally)
+        end = respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
+        self.around.tally.gradients += tally.gradients
+        self.around.tally.products += tally.products
+        return end
 
     def taken(self) -> Sequence[AbstractStep]:
         """See `AbstractResponse`."""
@@ -120,6 +133,10 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     recording = is_recorded(around.values.values())
     pulled = recording or around.live
     tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
+    replaced = 0
+    if current_group() is not None:  # a recorded step would have to be differentiated through its reduction
+        replaced = min(steps, tape.recorded)
+        tape = tape._replace(recorded=0, kept=max(replaced, tape.kept))
     every = 1 if recording else tape.every
     begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
     position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
@@ -152,10 +169,10 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         rest=rest,
         begin=start,
         records=tuple(records),
+        recorded=replaced,
         tangents=tuple(tangents),
     )
     if begun < steps:
-        refuse_recording(level.name)
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
 

@@ -14,7 +14,7 @@ from mlo._autodiff import is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
 from mlo._objective import Aftermath, Record, evaluate, options_of, partials
 from mlo._reading import reads_live
-from mlo._reduction import reduced_trees, refuse_recording
+from mlo._reduction import current_group, reduced_trees
 from mlo.hypergradient import AbstractStep
 from mlo.optimizer import OptimizerState, pulled_back, updated
 
@@ -69,7 +69,8 @@ class AbstractNest(ABC):
 class Surroundings:
     """What a level sees around it while it takes its steps: held fixed but for the levels in `live`.
 
-    With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it.
+    With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it. `upper`
+    is the level it responds to where it is itself below one in a nest.
     """
 
     skeletons: Mapping[str, Skeleton]
@@ -78,6 +79,7 @@ class Surroundings:
     live: tuple[str, ...]
     tally: Tally
     nest: AbstractNest | None = None
+    upper: str | None = None
 
 
 @final
@@ -129,7 +131,6 @@ class Step(AbstractStep):
         """See `AbstractStep`. First the update is pulled back, at the gradient it was given, then that gradient."""
         level, around, optimizer = self.level, self.around, self.level.optimizer
         assert optimizer is not None
-        refuse_recording(level.name)
         around.tally.gradients += 1
         around.tally.products += 1
         buffers = {**around.buffers, level.name: self.at.buffers}
@@ -142,9 +143,14 @@ class Step(AbstractStep):
         live = {name: around.values[name] for name in around.live}
         evaluated, _, pull = linearise(gradient, {level.name: self.start, **live})
         known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
+        if (
+            known is None and current_group() is not None
+        ):  # the update is the same in every process, as its gradient was
+            evaluated = reduced_trees({"": evaluated}, self.record.batch, level.name)[0][""]
         read = {name: live[name] for name in {option.level for _, option in reads_live(optimizer, live)}}
         towards_gradient, before, own, options = known or self._pull_whole_update(evaluated, cotangent, moments, read)
-        found = reduced_trees(pull(towards_gradient, (level.name, *live)))
+        pulled = pull(towards_gradient, (level.name, *live))
+        found, _ = reduced_trees(pulled, self.record.batch, level.name)
         if level.name in found:
             own = _tree.add(own, found[level.name])
         upstream = {name: found[name] for name in live if name in found}

@@ -40,6 +40,8 @@ class Declared(Protocol):
     def lookahead(self) -> bool: ...
     @property
     def nested(self) -> str: ...
+    @property
+    def is_joint(self) -> bool: ...
 
 
 ARROWS = ("given", "subject_to", "against")
@@ -96,6 +98,7 @@ def mistakes(levels: Sequence[Declared], *, running: bool = True) -> list[Mistak
     if found:
         return found  # the checks below follow arrows and need them to lead somewhere
     found += _shared_mistakes(known) or _cycle_mistakes(levels)
+    found += [] if found else _mutual_mistakes(known)
     for level in levels:
         found += _response_mistakes(level, known)
         found += _due_mistakes(level, known)
@@ -130,11 +133,13 @@ def depends_on(level: Declared, known: Mapping[str, Declared], above: frozenset[
 def surroundings(level: Declared, known: Mapping[str, Declared]) -> tuple[str, ...]:
     """The levels whose values a response of `level` is computed from, itself first, with those that the ones below need."""
     found = dict.fromkeys(reads(level))
-    waiting = list(differentiated(level, known))
+    waiting, seen = list(differentiated(level, known)), {level.name}
     while waiting:
         lower = known[waiting.pop()]
-        found |= dict.fromkeys(reads(lower))
-        waiting += [name for name in differentiated(lower, known) if name not in found]
+        if lower.name not in seen:
+            seen.add(lower.name)
+            found |= dict.fromkeys(reads(lower))
+            waiting += differentiated(lower, known)
     return tuple(found)
 
 
@@ -169,7 +174,8 @@ def held_fixed(upper: Declared, known: Mapping[str, Declared]) -> tuple[tuple[st
     for reader in live:
         level = known[reader]
         for read in (*level.given, *level.against):
-            fixed = read not in live or (read in level.against and read != upper.name)
+            together = level.is_joint and known[read].is_joint
+            fixed = read not in live or (read in level.against and read != upper.name and not together)
             if fixed and not known[read].frozen and read in reached:
                 paths.add((*reached[read], reader))
     return tuple(sorted(paths))
@@ -294,6 +300,27 @@ def _shared_mistakes(known: Mapping[str, Declared]) -> list[Mistake]:
     return found
 
 
+def _mutual_mistakes(known: Mapping[str, Declared]) -> list[Mistake]:
+    """Levels below one and the same upper level whose responses depend on each other, one of them through a nest."""
+    import networkx as nx
+
+    found: list[Mistake] = []
+    for upper in known.values():
+        below = set(differentiated(upper, known))
+        edges = [(read, name) for name in below for read in depends_on(known[name], known) if read in below]
+        graph: nx.DiGraph[str] = nx.DiGraph(edges)
+        if not nx.is_directed_acyclic_graph(graph):
+            names = sorted({name for edge in nx.find_cycle(graph) for name in edge[:2]})
+            found.append(
+                Mistake(
+                    upper.name,
+                    "subject_to",
+                    f"the responses of {', '.join(names)} depend on each other: no order gives them",
+                )
+            )
+    return found
+
+
 def _response_mistakes(upper: Declared, known: Mapping[str, Declared]) -> list[Mistake]:
     found: list[Mistake] = []
     listed = differentiated(upper, known)
@@ -308,7 +335,9 @@ def _reaches(upper: str, lower: str, known: Mapping[str, Declared], listed: set[
     """Whether the response of `lower` depends on `upper`, or on a listed level whose response does."""
     seen, waiting = {lower}, [lower]
     while waiting:
-        given = depends_on(known[waiting.pop()], known)
+        name = waiting.pop()
+        opponents = known[name].against if known[name].is_joint else ()
+        given = (*depends_on(known[name], known), *opponents)
         if upper in given:
             return True
         waiting += [name for name in given if name in listed and name not in seen]

@@ -103,7 +103,12 @@ def _players(name: str, responses: Mapping[str, Response]) -> tuple[str, ...]:
     level = responses[name].level
     if not level.hypergradient.is_joint:
         return (name,)
-    return tuple(other for other in responses if other == name or other in level.against)
+    met, waiting = {name}, [name]
+    while waiting:
+        new = [other for other in responses[waiting.pop()].level.against if other in responses and other not in met]
+        met.update(new)
+        waiting += new
+    return tuple(other for other in responses if other in met)
 
 
 def _read_by_others(unit: tuple[str, ...], waiting: list[str], responses: Mapping[str, Response]) -> bool:

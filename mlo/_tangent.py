@@ -77,7 +77,8 @@ def advanced(step: Step, tangents: list[Tangent]) -> list[Tangent]:
     for tangent in tangents:
         around.tally.products += 1
         weights = joined({level.name: tangent.variables, **tangent.direction})
-        turn = reduced_trees(pull(weights, (level.name,), retain=True)).get(level.name)
+        pulled = pull(weights, (level.name,), retain=True)
+        turn = reduced_trees(pulled, step.record.batch, level.name)[0].get(level.name)
         gradient = _tree.zeros(step.start) if turn is None else turn
         moments = {_MOMENT + key: moment for key, moment in tangent.moments.items()}
         turns = {name: tangent.direction[name] for name in read}

@@ -133,6 +133,7 @@ def refinement(counts: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
     """The objective of W2, given how many real images each class has, [10]."""
     scarcity = 1 / counts.clamp(min=1)
 
+    @mlo.reduction("batch")  # p(s) is a ratio of means over classes
     def refined(
         values: mlo.Values,
         batch: Batch,

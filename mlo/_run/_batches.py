@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
+from mlo._run._processes import Processes
 from mlo._state import Batches
 from mlo._structure import is_due
 from mlo.stream import AbstractStream, Draw
 
 if TYPE_CHECKING:
     from mlo._level import Level
+    from mlo.spec._build import Assembly
 
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-    """Streams by name, and which of them each level's batch is made of: one, several by name, or none."""
+    """Streams by name, and which of them each level's batch is made of: one, several by name, or none.
+
+    Each of several `processes` draws everything and keeps its part.
+    """
 
     streams: Mapping[str, AbstractStream]
     names: Mapping[str, str | tuple[str, ...] | None]
     seed: int
     device: torch.device
+    processes: Processes = field(default_factory=Processes)
+
+    @classmethod
+    def of(cls, assembly: Assembly, processes: Processes) -> Source:
+        """The streams of `assembly`."""
+        return cls(
+            streams=assembly.streams,
+            names=assembly.batches,
+            seed=assembly.spec.seed,
+            device=torch.device(assembly.spec.device),
+            processes=processes,
+        )
 
     def batches(self, levels: Mapping[str, Level], iteration: int) -> dict[str, Any]:
         """The batches of all levels that are due at `iteration`."""
@@ -50,7 +67,7 @@ class Source:
         for level in levels:
             names = self.names[level.name]
             if names is not None:
-                steps = [batch(names, step) for step in range(level.steps)]
+                steps = [self.processes.part(batch(names, step), level.name) for step in range(level.steps)]
                 found[level.name] = steps[0] if len(steps) == 1 else Batches(steps)
         return found
 

@@ -14,11 +14,13 @@ class Stop:
     """Whether the run has been asked to stop.
 
     The first request waits for the end of the iteration; a second one breaks it off, which loses that iteration and
-    nothing else. While results are being kept, both wait.
+    nothing else. While results are being kept, both wait. With `patient`, all wait: torchrun passes on what the terminal
+    has sent already, and several processes stop at the end of the same iteration.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.asked = False
+        self._patient = patient
         self._again = False
         self._iterating = False
         self._keeping = False
@@ -46,18 +48,18 @@ class Stop:
     def handle(self, signal_number: int, frame: Any) -> None:
         """What happens on a signal."""
         if self._keeping:
-            self._again = self.asked
+            self._again = self.asked and not self._patient
             self.asked = True
-        elif self._iterating and not self.asked:
+        elif self._iterating and (self._patient or not self.asked):
             self.asked = True
         else:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def stoppable() -> Generator[Stop]:
+def stoppable(*, patient: bool = False) -> Generator[Stop]:
     """Answer SIGINT and SIGTERM until the end of the block; only in the main thread, and only those not ignored."""
-    stop = Stop()
+    stop = Stop(patient=patient)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -14,6 +14,7 @@ from mlo._run._evaluate import evaluate
 from mlo._run._files import finite
 from mlo._run._log import Log, plain
 from mlo._run._pictures import write_pictures
+from mlo._run._processes import Processes, Word
 from mlo._run._progress import Progress
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlo._run._batches import Source
     from mlo._run._interrupt import Stop
     from mlo._run._standing import Standing
+    from mlo._state import Metrics, State
     from mlo.spec._build import Assembly
 
 
@@ -43,6 +45,7 @@ class Loop:
     - `identity`: the hash of the specification the run was started with, which its checkpoints carry.
     - `began`: on the monotonic clock; what earlier lives of the run have taken is before it.
     - `selected`: the record of the best state on the disk.
+    - `processes`: the others, of which this is the first.
     """
 
     assembly: Assembly
@@ -53,6 +56,7 @@ class Loop:
     stop: Stop
     began: float
     standing: Standing
+    processes: Processes
     selected: _checkpoint.Record | None = None
 
     def run(self) -> Verdict:
@@ -64,7 +68,7 @@ class Loop:
             with self.stop.iterating():
                 for iteration in range(done + 1, iterations + 1):
                     self._iterate(iteration, log, progress)
-                    if self.stop.asked:
+                    if self.processes.agree(Word.STOP if self.stop.asked else Word.GO_ON) is Word.STOP:
                         raise KeyboardInterrupt
             self._save(log)
         except BaseException as error:
@@ -76,9 +80,20 @@ class Loop:
         return self._finish()
 
     def _iterate(self, iteration: int, log: Log, progress: Progress) -> None:
-        """One iteration: first everything that can be broken off, then everything that cannot."""
+        """One iteration, in which other processes take part, and then what comes of it, in which they do not."""
         levels = self.assembly.graph.levels
         state, metrics = self.assembly.graph.step(self.standing.state, self.source.batches(levels, iteration))
+        if iteration % self.assembly.checkpoint_every == 0:
+            self.processes.compare(state)
+        try:
+            self._account(iteration, state, metrics, log, progress)
+        except BaseException:
+            self.processes.agree(Word.FAILED)
+            raise
+
+    def _account(self, iteration: int, state: State, metrics: Metrics, log: Log, progress: Progress) -> None:
+        """First everything that can be broken off, then everything that cannot."""
+        levels = self.assembly.graph.levels
         entry = plain(metrics)
         standing = self.standing.after(state, metrics, entry, levels)
         found = None

@@ -30,6 +30,7 @@ class RunRecord:
     - `threads`: CPU threads of one operation.
     - `cache`: where the runs that levels start from are kept.
     - `versions`: of what computes the numbers.
+    - `processes`: among how many each batch was divided.
     - `resumed`: for each time it went on: from which iteration, where, with what, and whether that is exact.
     """
 
@@ -38,6 +39,7 @@ class RunRecord:
     threads: int
     cache: str
     versions: Mapping[str, str | None]
+    processes: int = 1
     resumed: Sequence[Mapping[str, Any]] = ()
 
     def write(self, folder: Path) -> None:

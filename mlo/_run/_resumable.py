@@ -30,11 +30,13 @@ def fitting(
             )
 
 
-def unlike(assembly: Assembly, record: RunRecord, begun_on: str) -> Iterator[str]:
+def unlike(assembly: Assembly, record: RunRecord, begun_on: str, processes: int) -> Iterator[str]:
     """Reasons why the rest of the run will not be, bit for bit, what it would have been."""
     yield from assembly.notices
     if assembly.spec.device != begun_on:
         yield f"begun on {begun_on}, goes on on {assembly.spec.device}: the last bits may differ"
+    if processes != record.processes:
+        yield f"begun in {record.processes} processes, goes on in {processes}: the last bits may differ"
     for name, version in versions().items():
         if version != record.versions.get(name):
             yield f"begun with {name} {record.versions.get(name)}, goes on with {version}: the last bits may differ"

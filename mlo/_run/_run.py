@@ -18,11 +18,13 @@ from mlo._run import _checkpoint, _generators
 from mlo._run._batches import Source
 from mlo._run._evaluate import Selection, try_evaluation
 from mlo._run._files import LOCK, Refused, remove_parts, run_folder, write_atomically, write_json
+from mlo._run._follow import follow
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import alone
 from mlo._run._log import METRICS, cut_metrics
 from mlo._run._loop import Loop
 from mlo._run._open import Run, open_run
+from mlo._run._processes import Processes, together
 from mlo._run._progress import progress_line
 from mlo._run._record import RunRecord, place_of, versions
 from mlo._run._resumable import fitting, unlike
@@ -47,6 +49,8 @@ def run(
 ) -> Run:
     """Run `spec` from its first iteration to its last, in the new run folder `out`.
 
+    Under torchrun all processes call this; each computes a part of every batch, and the first one keeps the run.
+
     - `out`: default `runs/<name>-<seed>-<time>`; one that is not empty is refused.
     - `cache`: where the runs that levels start from are kept.
 
@@ -55,22 +59,28 @@ def run(
     checkpoint; `resume` goes on from there.
     """
     began = time.monotonic()
-    folder = Path(out) if out is not None else default_folder(spec)
     kept = Path(cache).absolute()
-    with session(spec.seed, spec.threads), accounted(folder, kept):
-        assembly = assemble(spec)
-        with alone(run_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
-            record = RunRecord(
-                spec_hash=spec.hash,
-                imports={module: place_of(module) for module in spec.imports},
-                threads=torch.get_num_threads(),
-                cache=str(kept),
-                versions=versions(),
-            )
-            record.write(folder)
-            write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
-            life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began)
-            return life.from_the_start()
+    with together(spec.device) as processes:
+        if not processes.first:
+            return open_run(follow(spec, processes))
+        folder = Path(out) if out is not None else default_folder(spec)
+        with session(spec.seed, spec.threads), accounted(folder, kept):
+            assembly = assemble(spec)
+            with alone(run_folder(folder) / LOCK, busy=lambda who: _refuse(folder, who)):
+                record = RunRecord(
+                    spec_hash=spec.hash,
+                    imports={module: place_of(module) for module in spec.imports},
+                    threads=torch.get_num_threads(),
+                    cache=str(kept),
+                    versions=versions(),
+                    processes=processes.size,
+                )
+                record.write(folder)
+                write_atomically(folder / "spec.yaml", spec.to_yaml().encode())
+                life = _Life(folder, assembly, spec.hash, kept, _console(console, quiet), began, processes)
+                found = life.from_the_start()
+        processes.part_ways(folder)
+        return found
 
 
 def resume(
@@ -86,18 +96,26 @@ def resume(
     Raises `UserError` if there is no run, if another process is running it, or if its checkpoint is damaged or belongs to
     another specification; and what `run` raises.
     """
-    folder, shown = Path(folder), _console(console, quiet)
-    found = open_run(folder)
+    folder, found = Path(folder), open_run(folder)
+    began = time.monotonic()
+    spec = found.spec if device is None or found.finished else found.spec.replaced(f"device={device}")
+    with together(spec.device) as processes:
+        if not processes.first:
+            return open_run(follow(spec, processes))
+        found = _resumed(found, spec, processes, _console(console, quiet), began)
+        processes.part_ways(folder)
+        return found
+
+
+def _resumed(found: Run, spec: Spec, processes: Processes, shown: Console, began: float) -> Run:
+    """`resume` in the first process; `spec` may name another device than that of `found`."""
+    folder = found.folder
     if found.finished:
         progress_line(shown)(f"finished: {folder}")
         return found
     record = RunRecord.read(folder)
-    spec = found.spec
-    if spec.hash != record.spec_hash:
+    if found.spec.hash != record.spec_hash:
         raise Refused(f"{folder / 'spec.yaml'}: it, or a graph that it starts from, has changed since the run began")
-    began = time.monotonic()
-    if device is not None:
-        spec = spec.replaced(f"device={device}")
     cache = Path(record.cache)
     with (
         session(spec.seed, spec.threads or record.threads),
@@ -106,7 +124,7 @@ def resume(
     ):
         if (folder / "summary.json").is_file():
             return found
-        life = _Life(folder, assemble(spec), record.spec_hash, cache, shown, began)
+        life = _Life(folder, assemble(spec), record.spec_hash, cache, shown, began, processes)
         return life.from_checkpoint(record)
 
 
@@ -126,6 +144,7 @@ class _Life:
     cache: Path
     console: Console
     began: float
+    processes: Processes
 
     def from_the_start(self) -> Run:
         """From the first iteration; what an earlier life has left is removed."""
@@ -136,7 +155,8 @@ class _Life:
         say = progress_line(self.console)
         for notice in self.assembly.notices:
             say(f"notice: {notice}")
-        state = fresh_state(self.assembly, self.cache, self.console)
+        state = fresh_state(self.assembly, self.cache, self.console, self.processes)
+        self.processes.lead("probe", state)
         graph.probe(state, self._source.all_batches(graph.levels, 1))
         try_evaluation(self.assembly, state)
         selection = Selection(spec.evaluation and spec.evaluation.select)
@@ -162,7 +182,7 @@ class _Life:
             _checkpoint.write_record(kept, "selected", selected)
         _checkpoint.remove_all_but(kept, latest, selected)
         say(f"resumed from iteration {iteration}: {self.folder}")
-        reasons = list(unlike(self.assembly, record, open_run(self.folder).spec.device))
+        reasons = list(unlike(self.assembly, record, open_run(self.folder).spec.device, self.processes.size))
         for reason in reasons:
             say(f"notice: {reason}")
         now = {"iteration": iteration, "device": spec.device, "exact": not reasons, "versions": versions()}
@@ -174,10 +194,11 @@ class _Life:
 
     @property
     def _source(self) -> Source:
-        return source_of(self.assembly)
+        return source_of(self.assembly, self.processes)
 
     def _go_on(self, standing: Standing, selected: _checkpoint.Record | None, began: float) -> Run:
-        with stoppable() as stop:
+        self.processes.lead("iterate", standing.state)
+        with stoppable(patient=self.processes.size > 1) as stop:
             loop = Loop(
                 assembly=self.assembly,
                 folder=self.folder,
@@ -187,6 +208,7 @@ class _Life:
                 stop=stop,
                 began=began,
                 standing=standing,
+                processes=self.processes,
                 selected=selected,
             )
             verdict = loop.run()
@@ -202,6 +224,7 @@ class _Life:
             negative_curvature=loop.standing.negative_curvature(),
             warnings=loop.standing.warnings,
             seconds=time.monotonic() - began,
+            processes=self.processes.size,
         )
         write_json(self.folder / "summary.json", summary)
         selection = loop.standing.selection
@@ -210,11 +233,14 @@ class _Life:
         return open_run(self.folder)
 
 
-def fresh_state(assembly: Assembly, cache: Path, console: Console) -> State:
+def fresh_state(assembly: Assembly, cache: Path, console: Console, processes: Processes | None = None) -> State:
     """The state before the first iteration. Runs the graphs that levels start from where `cache` does not have them."""
+    others = processes or Processes()
 
     def run_start(start: Spec, inside: Path) -> Any:
         """Run a graph that levels start from, or go on with it."""
+        level = next(level for level, each in assembly.spec.starts.items() if each.hash == start.hash)
+        others.tell(do="start", level=level)
         if (inside / "spec.yaml").is_file():
             with suppress(Refused):
                 return resume(inside, console=console)
@@ -226,14 +252,9 @@ def fresh_state(assembly: Assembly, cache: Path, console: Console) -> State:
     return assembly.graph.init(values=start_values(starts), seed=assembly.spec.seed)
 
 
-def source_of(assembly: Assembly) -> Source:
+def source_of(assembly: Assembly, processes: Processes | None = None) -> Source:
     """What draws the batches of a run."""
-    return Source(
-        streams=assembly.streams,
-        names=assembly.batches,
-        seed=assembly.spec.seed,
-        device=torch.device(assembly.spec.device),
-    )
+    return Source.of(assembly, processes or Processes())
 
 
 def _console(console: Console | None, quiet: bool) -> Console:

@@ -33,6 +33,7 @@ def summarise(
     negative_curvature: Mapping[str, Any],
     warnings: Mapping[str, Mapping[str, str]],
     seconds: float,
+    processes: int,
 ) -> dict[str, Any]:
     """Everything worth keeping about a finished run, as JSON holds it."""
     spec = assembly.spec
@@ -55,6 +56,7 @@ def summarise(
         "spec_hash": spec_hash,
         "versions": versions(),
         "git_commit": git_commit(),
+        "processes": processes,
         "seconds": round(seconds, 3),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -108,6 +109,11 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 def _report(error: Exception) -> int:
     """Say what went wrong in the fewest words that help; the exit code for it."""
     shown: Any = error
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: another one may say it for all
+        from mlo._run._processes import is_said
+
+        if is_said(error):
+            return int(getattr(shown, "exit_code", OUR_BUG))
     if hasattr(shown, "exit_code") and hasattr(shown, "show"):  # an error in the command itself, in typer's own words
         shown.show()
         return int(shown.exit_code)

@@ -9,7 +9,6 @@ import torch
 from mlo import _structure
 from mlo._draw._facts import method, middle
 from mlo._run._batches import Source
-from mlo.hypergradient import ConjugateGradient, Implicit
 from mlo.optimizer import options_read
 
 if TYPE_CHECKING:
@@ -45,7 +44,10 @@ def describe(assembly: Assembly, console: Console) -> None:
     lines += [f"notice: {notice}" for notice in assembly.notices]
     cost = graph.cost(assembly.iterations)
     most = "at most " if _may_stop_early(graph) else ""
-    lines.append(f"cost: {cost.gradients:,} gradients, {most}{cost.products:,} products, {cost.pullbacks:,} pullbacks")
+    least = "at least " if _is_deep(graph) else ""
+    lines.append(
+        f"cost: {least}{cost.gradients:,} gradients, {most}{cost.products:,} products, {cost.pullbacks:,} pullbacks"
+    )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -53,9 +55,13 @@ def describe(assembly: Assembly, console: Console) -> None:
 def _may_stop_early(graph: Graph) -> bool:
     """Whether a response is pulled back by a method with a tolerance."""
     pulled = {lower for level in graph.levels.values() for lower in _structure.differentiated(level, graph.levels)}
-    methods = [graph.levels[name].hypergradient for name in pulled]
-    inverses = [method.inverse if isinstance(method, Implicit) else method for method in methods]
-    return any(isinstance(inverse, ConjugateGradient) for inverse in inverses)
+    return any(graph.levels[name].hypergradient.may_stop for name in pulled)
+
+
+def _is_deep(graph: Graph) -> bool:
+    """Whether a nest has more than three levels, of which the cost is known from below only."""
+    middle = _structure.nested(graph.levels)
+    return any(set(_structure.differentiated(graph.levels[name], graph.levels)) & middle for name in middle)
 
 
 def _upper_lines(spec: Spec, graph: Graph, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,5 +33,6 @@ def interruptible() -> Generator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         line = str(interrupt) or "interrupted"
-        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+        first = os.environ.get("RANK", "0") == "0"  # of several processes, which are interrupted together
+        Console(stderr=True, quiet=not first).print(line, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -48,6 +48,7 @@ class Nesting(NamedTuple):
     - `symmetric`: whether it is symmetric in the Hessian, so that the Jacobian of the total gradient is too.
     - `needs_symmetry`: whether it is wrong where the Jacobian of the gradient it inverts is not symmetric.
     - `needs_objective`: why it cannot pull back a level that follows a total gradient, or None.
+    - `plain`: how many of its gradients are not linearised.
     - `recording`: what it costs more where it is recorded.
     - `again`: what one derivative of it costs, of itself and of the response.
     """
@@ -58,6 +59,7 @@ class Nesting(NamedTuple):
     symmetric: bool = True
     needs_symmetry: bool = False
     needs_objective: str | None = None
+    plain: int = 0
     recording: Cost = Cost(0, 0)
     again: Cost = Cost(0, 0)
 
@@ -99,6 +101,11 @@ class AbstractHypergradient(ABC):
         return True
 
     @property
+    def may_stop(self) -> bool:
+        """Whether it may cost less than `cost` says, because it stops at a tolerance or remembers."""
+        return False
+
+    @property
     def is_joint(self) -> bool:
         """Whether levels that play against each other are pulled back together."""
         return False
@@ -131,7 +138,10 @@ class AbstractResponse(ABC):
 
     @abstractmethod
     def pull_recorded(self, cotangent: Tree) -> Upstream:
-        """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step."""
+        """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step.
+
+        Under several processes steps are kept where a method asks for recorded ones: then one gradient a step, too.
+        """
 
     @abstractmethod
     def taken(self) -> Sequence[AbstractStep]:

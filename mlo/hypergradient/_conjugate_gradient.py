@@ -53,6 +53,11 @@ class ConjugateGradient(AbstractInverse):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return True
+
     def products(self, size: int) -> int:
         """At most one an iteration, and one for a warm start."""
         return self.iterations + self.warm_start

@@ -43,6 +43,8 @@ class Equilibrium(AbstractHypergradient):
     cross: AbstractCross = field(default_factory=ExactCross)
 
     def __post_init__(self) -> None:
+        if self.inverse.needs_step:
+            raise ValueError("the steps of several players are not one step: take GMRES")
         if self.inverse.needs_symmetry:
             kind = type(self.inverse).__name__
             raise ValueError(f"{kind} needs a symmetric matrix, and the Jacobian of a game has none: take GMRES")
@@ -51,6 +53,11 @@ class Equilibrium(AbstractHypergradient):
     def is_joint(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return self.inverse.may_stop
 
     def tape(self, steps: int, size: int) -> Tape:
         """See `Implicit`."""

@@ -51,7 +51,7 @@ class FiniteDifference(AbstractHypergradient):
     def nesting(self, steps: int, size: int) -> Nesting:
         """The gradient is recorded for the pullback of the update; the derivative of the response is this once more."""
         recording = Cost(gradients=1 if steps else 0, products=0)
-        return Nesting(follows=steps <= 1, compares=True, recording=recording, again=self.cost(steps, size))
+        return Nesting(follows=steps <= 1, compares=True, plain=2, recording=recording, again=self.cost(steps, size))
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """None: every optimizer's update can be pulled back."""

@@ -45,6 +45,11 @@ class GMRES(AbstractInverse):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return True
+
     def products(self, size: int) -> int:
         """At most one an iteration, and no more than there are numbers."""
         return min(self.iterations, size)

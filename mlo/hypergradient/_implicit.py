@@ -83,12 +83,17 @@ class Implicit(AbstractHypergradient):
     a response that has not been reached. Costs one gradient, the products of the inverse and those of the cross product.
     An optimizer whose decay is decoupled (AdamW) does not minimise f, and is refused.
 
-    - `inverse`: `Neumann`, `ConjugateGradient`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
+    - `inverse`: `Neumann`, `ConjugateGradient`, `GMRES`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
     - `cross`: `ExactCross` or `CentralDifference`.
     """
 
     inverse: AbstractInverse
     cross: AbstractCross = field(default_factory=ExactCross)
+
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return self.inverse.may_stop
 
     def tape(self, steps: int, size: int) -> Tape:
         """The last step, unrecorded: the response is taken as a solution, however it was reached."""
@@ -106,6 +111,7 @@ class Implicit(AbstractHypergradient):
         own = self.cost(steps, size)
         return Nesting(
             compares=self.cross.compares,
+            plain=self.cross.cost.gradients,
             symmetric=self.inverse.is_symmetric(size),
             needs_symmetry=self.inverse.needs_symmetry,
             again=Cost(own.gradients + 2, own.products + self.inverse.products(size) + 2),

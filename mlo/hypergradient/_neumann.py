@@ -74,6 +74,11 @@ class Neumann(AbstractInverse):
         if self.power_iterations < 1:
             raise ValueError(f"power_iterations must be at least 1, got {self.power_iterations}")
 
+    @property
+    def may_stop(self) -> bool:
+        """See `AbstractHypergradient`."""
+        return self.tolerance is not None or self.step_size == "auto"
+
     def products(self, size: int) -> int:
         """K, and the power iterations of a first estimate: an upper bound with "auto" or a tolerance."""
         return self.terms + (self.power_iterations if self.step_size == "auto" else 0)

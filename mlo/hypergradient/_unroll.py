@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import TYPE_CHECKING, Literal, final
 
 from mlo import _tree
-from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Nesting, Tape
+from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, AbstractStep, Cost, Nesting, Tape
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
@@ -31,7 +32,7 @@ class Unroll(AbstractHypergradient):
     moments are kept, and the sweep back evaluates each step again: one gradient and one product a step, memory for one
     activation set in all. Both give the same numbers up to rounding. With checkpoints only about 2√k of the k positions are
     held at a time and the steps between them are taken again: up to one gradient a step more, the same bits as replayed
-    (Griewank 1992, with one level of recursion).
+    (Griewank 1992, with one level of recursion). Under several processes steps are always replayed.
 
     - `last`: sweep over this many steps at the end and hold the ones before fixed (Shaban et al. 2019, "truncated").
     - `replay`: true or false; by default steps are replayed where steps × variables exceed ten million.
@@ -68,8 +69,14 @@ class Unroll(AbstractHypergradient):
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """Recorded steps are differentiated as they are; replayed ones are replayed again, and so are their starts."""
-        again = max(0, 2 * self.tape(steps, size).kept - 1)
-        return Nesting(follows=self.last is None or self.last >= steps, again=Cost(gradients=again, products=again))
+        tape = self.tape(steps, size)
+        again, retaken = max(0, 2 * tape.kept - 1), tape.kept - -(-tape.kept // tape.every)
+        return Nesting(
+            follows=self.last is None or self.last >= steps,
+            plain=retaken,
+            recording=Cost(gradients=-retaken, products=0),  # then every position is kept
+            again=Cost(gradients=again, products=again),
+        )
 
     def objection(self, optimizer: AbstractOptimizer) -> str | None:
         """None: every optimizer is differentiable."""
@@ -86,10 +93,15 @@ class Unroll(AbstractHypergradient):
             return {}
         if self.tape(response.steps, response.size).recorded:
             return response.pull_recorded(cotangent)
-        total: dict[str, Tree] = {}
-        moments: Upstream = {}
-        for step in reversed(response.taken()):
-            cotangent, moments, upstream = step.replay(cotangent, moments)
-            for name, tree in upstream.items():
-                total[name] = _tree.add(total[name], tree) if name in total else tree
-        return total
+        return replayed(response.taken(), cotangent)
+
+
+def replayed(steps: Sequence[AbstractStep], cotangent: Tree) -> Upstream:
+    """(∂w*/∂u)ᵀ λ through `steps`, the last of which led to w*, by evaluating each again, the last one first."""
+    total: dict[str, Tree] = {}
+    moments: Upstream = {}
+    for step in reversed(steps):
+        cotangent, moments, upstream = step.replay(cotangent, moments)
+        for name, tree in upstream.items():
+            total[name] = _tree.add(total[name], tree) if name in total else tree
+    return total

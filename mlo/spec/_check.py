@@ -137,7 +137,9 @@ def _structural(levels: Mapping[str, Any]) -> list[Fault]:
         written = {key: value for key, value in cast("Mapping[str, Any]", level).items() if key in _STRUCTURE}
         optimizer, _ = split_choice(cast("Mapping[str, Any]", level).get("optimizer"))
         try:
-            spec = LevelSpec.model_validate({"name": name, **written, "optimizer": fold(optimizer or "unknown")})
+            spec = LevelSpec.model_validate(
+                {"name": name, **written, "optimizer": fold(optimizer or "unknown"), **_method(level)}
+            )
         except ValidationError:
             return []  # already reported, field by field
         specs.append(spec)
@@ -162,6 +164,12 @@ def _reading_faults(
     if complete:
         for name, reason in _reading.left_out(declared, optimizers, methods).items():
             yield Fault(("levels", name, "hypergradient"), f"{reason}.")
+
+
+def _method(level: Any) -> dict[str, str]:
+    """The name of a level's method, which may decide what may depend on what."""
+    name, _ = split_choice(cast("Mapping[str, Any]", level).get("hypergradient"))
+    return {} if name is None else {"hypergradient": name}
 
 
 def _placed(mistake: Mistake, levels: Mapping[str, Any]) -> Fault:

@@ -122,6 +122,11 @@ class LevelSpec(BaseModel):
     freeze: Names = ()
 
     @property
+    def is_joint(self) -> bool:
+        """Whether it is differentiated together with the levels it plays against."""
+        return self.hypergradient is not None and fold(self.hypergradient.name) == "equilibrium"
+
+    @property
     def frozen(self) -> bool:
         """Whether the level is a constant: `optimizer: none`."""
         return self.optimizer is not None and self.optimizer.name == NONE

@@ -43,7 +43,8 @@ class Nest:
 
         f_y = ½ (y − Bu − c)ᵀ K (y − Bu − c) + κ/2 ‖x + Ey − d‖²,    F = ½ ‖y − t‖² + ½ ‖x − s‖² + 0.05 ‖u‖²
 
-    with the eigenvalues of K between 1 and 2. In float64; sizes, layouts, weight decay and seed are those of `problem`.
+    with the eigenvalues of K between 0.6 and 0.7, so that those of the Jacobian of the total gradient lie between ½ and 1 as
+    Hessians' may. In float64; sizes, layouts, weight decay and seed are those of `problem`.
     """
 
     problem: ClosedForm
@@ -227,7 +228,7 @@ class Nest:
         shapes = {"b": (y, u), "e": (x, y), "c": (y,), "d": (x,), "t": (y,), "s": (x,)}
         made = {name: normal(*shape, key=self._key(name)) for name, shape in shapes.items()}
         vectors, _ = torch.linalg.qr(normal(y, y, key=self._key("k")))
-        k = vectors @ torch.linspace(1.0, 2.0, y, dtype=torch.float64).diag() @ vectors.T
+        k = vectors @ torch.linspace(0.6, 0.7, y, dtype=torch.float64).diag() @ vectors.T
         return {**made, "e": 0.3 * made["e"] / max(x, y) ** 0.5, "b": made["b"] / u**0.5, "k": (k + k.T) / 2}
 
     def _key(self, what: str) -> tuple[object, ...]:

@@ -16,7 +16,9 @@ from mlo.testing._families import normal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mlo._types import Objective
     from mlo.hypergradient import AbstractHypergradient
+    from mlo.optimizer import AbstractOptimizer
 
 WORDS = "a network of 35 numbers with BatchNorm and dropout on 6 weighted samples"
 
@@ -62,6 +64,53 @@ def weighted(
     if frozen:
         return [lower, Level(UPPER, variables=weights)]
     return [lower, Level(UPPER, objective=outer, variables=weights, subject_to=("w",), optimizer=rule)]
+
+
+SAMPLED = "two regressions in a chain, of 3 numbers each, on 8 samples that 3 numbers weigh"
+
+
+def sampled(method: AbstractHypergradient, optimizer: AbstractOptimizer, steps: int, seed: int) -> list[Level]:
+    """`b` imitates `a`, both on samples weighted by `u`; every objective is a mean over samples of its batch.
+
+    The Hessians have their eigenvalues between 0.2 and 2 or so: features have the norm 1.
+    """
+
+    def misses(w: Tensor, batch: Any, target: Tensor, u: Tensor) -> Tensor:
+        weights = (batch["x"] @ u).sigmoid()
+        return (weights * (batch["x"] @ w - target).square()).mean() + 0.1 * w.square().sum()
+
+    def fit(values: Any, batch: Any) -> Tensor:
+        return misses(values["a"], batch, batch["y"], values[UPPER])
+
+    def imitate(values: Any, batch: Any) -> Tensor:
+        return misses(values["b"], batch, (batch["x"] @ values["a"]).tanh(), values[UPPER])
+
+    def judge(values: Any, batch: Any) -> Tensor:
+        one, two = ((batch["x"] @ values[name] - batch["y"]).square().mean() for name in ("a", "b"))
+        return one + two
+
+    def lower(name: str, objective: Objective, *given: str) -> Level:
+        start = normal(3, key=(seed, name))
+        rest: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "hypergradient": method}
+        return Level(name, objective=objective, variables=start, given=(*given, UPPER), **rest)
+
+    upper = Level(
+        UPPER,
+        objective=judge,
+        variables=normal(3, key=(seed, UPPER)),
+        subject_to=("a", "b"),
+        optimizer=SGD(learning_rate=0.1),
+    )
+    return [lower("a", fit), lower("b", imitate, "a"), upper]
+
+
+def samples(seed: int, rows: slice) -> dict[str, dict[str, Tensor]]:
+    """The `rows` of the 8 samples of every level's batch."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in ("a", "b", UPPER):
+        x = normal(8, 3, key=(seed, name, "x"))
+        found[name] = {"x": (x / x.norm(dim=1, keepdim=True))[rows], "y": normal(8, key=(seed, name, "y"))[rows]}
+    return found
 
 
 @final

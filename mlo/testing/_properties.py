@@ -14,12 +14,13 @@ from mlo import _tree
 from mlo._graph import Graph
 from mlo._state import Batches
 from mlo.hypergradient import AbstractHypergradient, Unroll
-from mlo.testing._case import Case, Violation, contents, copied, counted, same_bits, stopped
+from mlo.testing._case import FLOOR, Case, Violation, contents, copied, counted, same_bits, stopped
 from mlo.testing._closed_form import UPPER
 from mlo.testing._families import normal
 from mlo.testing._layout import flat, with_unused
 from mlo.testing._nest import nested
-from mlo.testing._network import WORDS, Noisy, network, weighted
+from mlo.testing._network import SAMPLED, WORDS, Noisy, network, sampled, samples, weighted
+from mlo.testing._simulated import in_processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,6 +276,31 @@ def batched(case: Case) -> None:
         )
 
 
+def divided(case: Case) -> None:
+    """Two processes with 5 and 3 of 8 samples have the hypergradient of one with all, and both the same bits of it.
+
+    The processes are threads that take turns at reductions: the same arithmetic, without the transport.
+    """
+    seed = case.problem.seed
+    graph = Graph(sampled(case.method, case.rule(), case.steps, seed))
+    on = f"{SAMPLED}; {counted(case.steps)} of {case.optimizer}, seed {seed}"
+
+    def hypergradient(rows: slice) -> Tensor:
+        found = graph.hypergradient(UPPER, graph.init(), samples(seed, rows))
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    right = hypergradient(slice(None))
+    one, two = in_processes(2, lambda rank: hypergradient(slice(5) if rank == 0 else slice(5, None)))
+    if not same_bits(one, two):
+        raise Violation("two processes have different hypergradients", one, two, on)
+    error = ((one - right).norm() / (right.norm() + FLOOR)).item()
+    if not error <= ROUNDING:
+        raise Violation(
+            f"two processes with a part of the samples each differ from one with all by {error:.1e}", right, one, on
+        )
+
+
 def unused(case: Case) -> None:
     """Tensors that no objective reads, on every level, have a zero hypergradient and change no other."""
     layouts = {name: with_unused(layout) for name, layout in case.problem.layouts.items()}
@@ -370,6 +396,7 @@ PROPERTIES: Mapping[str, Callable[[Case], None]] = MappingProxyType(
         "exact cost": exact_cost,
         "float32": float32,
         "vmap": batched,
+        "two processes": divided,
         "closed form": closed_form,
         "unused": unused,
         "response": response,

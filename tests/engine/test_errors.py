@@ -205,9 +205,31 @@ wrong_variables = [
 
 @pytest.mark.parametrize(("variables", "message"), wrong_variables, ids=lambda value: str(value)[:20])
 def test_variables_that_cannot_be_optimised_are_refused(variables, message):
-    graph = mlo.Graph([level("w", variables=variables)])
     with pytest.raises(mlo.UserError, match=re.escape(message)):
-        graph.init()
+        mlo.Graph([level("w", variables=variables)]).init()
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:FutureWarning")
+def test_a_sharded_module_is_refused(tmp_path):
+    """Its parameters are parts of tensors, and its forward pass gathers them where no transform can follow."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+    from torch.distributed.tensor import distribute_module, init_device_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = {
+            "FSDPModule": fully_shard(nn.Linear(2, 2), mesh=mesh),
+            "DTensor": distribute_module(nn.Linear(2, 2), mesh),
+            "FullyShardedDataParallel": FullyShardedDataParallel(
+                nn.Linear(2, 2), device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.NO_SHARD
+            ),
+        }
+        for kind, module in sharded.items():
+            with pytest.raises(mlo.UserError, match=rf"parameters are sharded \({kind}\) cannot be a level"):
+                mlo.Graph([level("w", variables=module)])
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_data_parallel_module_is_refused(tmp_path):

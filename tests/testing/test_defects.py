@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import flat
 
-from mlo import _tree
+from mlo import _linearisation, _step, _tree
+from mlo._reduction import reduced
 from mlo.hypergradient import (
     AbstractHypergradient,
     AbstractInverse,
@@ -25,7 +26,8 @@ from mlo.hypergradient import (
     Tape,
     Unroll,
 )
-from mlo.testing import check_method, problems, quadratics, two_levels
+from mlo.testing import PROPERTIES, check_method, problems, quadratics, two_levels
+from mlo.testing._simulated import in_processes
 
 
 @final
@@ -342,6 +344,31 @@ def test_a_defect_is_caught_and_named(method, answer, named, options):
     with pytest.raises(AssertionError, match=rf"fails '{named}': ") as caught:
         check_method(method, answer=answer, examples=10, **options)
     assert re.search(r"smallest problem: .*\bseed 0\b", str(caught.value)), "shrunk"
+
+
+@pytest.mark.parametrize("method", [Neumann(terms=3, step_size=0.5), FirstOrder(), Unroll(replay=True)])
+def test_an_unreduced_product_is_caught(monkeypatch, method):
+    """Planted in the engine, where products are reduced for all methods."""
+    place = _step if isinstance(method, Unroll) else _linearisation
+    monkeypatch.setattr(place, "reduced_trees", lambda trees, *_: (trees, []))
+    claimed = {"two processes"}
+    with pytest.raises(AssertionError, match=r"fails 'two processes': two processes have different hypergradients"):
+        check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
+    monkeypatch.undo()
+    check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
+
+
+def test_processes_that_reduce_different_things_do_not_wait_for_each_other():
+    def reduces(times: int) -> Callable[[int], None]:
+        def run(rank: int) -> None:
+            for _ in range(1 + rank * times):
+                reduced([torch.ones(2)], None, "w")
+
+        return run
+
+    assert in_processes(3, reduces(0)) == [None] * 3
+    with pytest.raises(RuntimeError, match="do not reduce the same tensors in the same order"):
+        in_processes(2, reduces(1))
 
 
 def test_the_usual_faults_are_planted():

@@ -27,6 +27,17 @@ def test_the_hypergradient_of_a_nest_is_the_slope_of_its_solution(problem):
         assert ((sides[0] - sides[1]) / (2 * step)).item() == pytest.approx(found[number].item(), rel=1e-6, abs=1e-7)
 
 
+@settings(max_examples=20)
+@given(problem=problems(condition=2))
+def test_the_jacobian_in_the_middle_suits_the_settings_of_every_method(problem):
+    nest = Nest(problem)
+    _, (jacobian, _) = nest._total_gradient(nest.solved(), torch.linalg.solve)
+    assert (jacobian - jacobian.T).norm() < 1e-14
+    eigenvalues = torch.linalg.eigvalsh(jacobian)
+    assert eigenvalues.min() >= 0.5
+    assert eigenvalues.max() <= 1
+
+
 @settings(max_examples=8)
 @given(problem=problems())
 def test_a_long_unroll_is_the_implicit_answer(problem):
