@@ -14,11 +14,13 @@ tensors it was taken at: see `is_recorded`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
+from torch.overrides import has_torch_function
 
 from mlo import _tree
 
@@ -95,8 +97,21 @@ def _pulled(
     if not tracked or not inputs:
         return {}
     outputs, weights = zip(*tracked, strict=True)
-    found = torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
-    return _grouped(wanted, found)
+    return _grouped(wanted, _reversed(outputs, inputs, weights, retain=retain, again=again))
+
+
+def _reversed(
+    outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], weights: tuple[Tensor, ...], *, retain: bool, again: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each.
+
+    Where they have something to find, a shape that does not fit or a tensor that is not torch's own, they are made.
+    """
+    fits = all(output.shape == weight.shape for output, weight in zip(outputs, weights, strict=True))
+    inputs = tuple(inputs)
+    if not fits or has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling():
+        return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
+    return _engine_run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
 
 
 def pushforward(
@@ -152,7 +167,7 @@ def gradients(
     inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
     if not value.requires_grad or not inputs:
         return {}, value.detach(), after
-    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
     return _grouped(leaves, found), value.detach(), after
 
 
@@ -170,7 +185,8 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
-        found = torch.autograd.grad(value, _tree.leaves(point), create_graph=True, allow_unused=True)
+        one = torch.ones_like(value)
+        found = _reversed((value,), _tree.leaves(point), (one,), retain=True, again=True)
     return _grouped({"": point}, found).get(""), value, after
 
 
