@@ -234,15 +234,21 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else _leaf(tensor)
 
 
-def _grouped(wanted: Mapping[str, Tree], found: Iterable[Tensor | None]) -> Upstream:
+def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstream:
     """`found`, which follows the leaves of `wanted`, as trees by name; a tree none of whose leaves is used is left out."""
-    parts = iter(found)
-    grouped: dict[str, list[Tensor]] = {}
+    grouped: dict[str, Tree] = {}
+    begin = 0
     for name, tree in wanted.items():
-        tensors = _tree.leaves(tree)
-        own = [next(parts) for _ in tensors]
-        if any(part is not None for part in own):
-            grouped[name] = [
-                torch.zeros_like(leaf) if part is None else part for leaf, part in zip(tensors, own, strict=True)
-            ]
-    return {name: _tree.rebuild(wanted[name], tensors) for name, tensors in grouped.items()}
+        if not isinstance(tree, Mapping):
+            part = found[begin]
+            begin += 1
+            if part is not None:
+                grouped[name] = part
+            continue
+        own = found[begin : begin + len(tree)]
+        begin += len(tree)
+        if all(part is None for part in own):
+            continue
+        pairs = zip(tree.items(), own, strict=True)
+        grouped[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
+    return grouped
