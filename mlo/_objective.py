@@ -17,7 +17,6 @@ from mlo._errors import UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import reduced_trees
 from mlo._structure import reads
-from mlo.optimizer import options_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,7 +224,7 @@ def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton |
 
 def options_of(level: Level, skeletons: Mapping[str, Skeleton], values: Mapping[str, Tree]) -> dict[str, Tree] | None:
     """What the optimizer of `level` reads from other levels, as objectives see it; None where it reads nothing."""
-    names = {read.level for _, read in options_read(level.optimizer)} if level.optimizer else set[str]()
+    names = level.read_by_optimizer
     if not names:
         return None
     return {name: skeletons[name].constrained(values[name]) if name in skeletons else values[name] for name in names}
