@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from mlo._chain import chain_of, is_observed
 from mlo._constraint import Constraints
 from mlo._errors import UserError
 
@@ -32,6 +33,7 @@ class Skeleton:
         module = variables if isinstance(variables, nn.Module) else None
         self.runs = module is not None
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)} if module else {}
+        self._chains = {mode: chain_of(copy) for mode, copy in self._modes.items()}
         self._places = {mode: _places(copy) for mode, copy in self._modes.items()}
         self.written = frozenset(name for name, _ in module.named_buffers()) if module else frozenset[str]()
         """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
@@ -50,7 +52,11 @@ class Skeleton:
         A buffer may have been written to, or another tensor assigned in its place; torch puts the latter into the mapping
         it was given.
         """
-        everything = {**tensors, **{name: tensors[first] for name, first in self._ties.items()}}
+        ties = self._ties
+        everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
+        chain = self._chains[training]
+        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
+            return chain(everything, args[0]), everything
         places = self._places[training]
         stood = [(name, *places[name]) for name in everything]
         before = [table[key] for _, table, key in stood]
@@ -62,7 +68,7 @@ class Skeleton:
         finally:
             for (_, table, key), tensor in zip(stood, before, strict=True):
                 table[key] = tensor
-        return output, everything | after
+        return output, {**everything, **after}
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
