@@ -159,7 +159,8 @@ class Iteration:
             if upper in arrived
         }
         if direct is None:
-            return Parts(direct=_tree.zeros(values[upper]), through=through, has_direct=False), loss, aftermath
+            nothing = _tree.apply(_zeros, values[upper])
+            return Parts(direct=nothing, through=through, has_direct=False), loss, aftermath
         return Parts(direct=direct, through=through), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
@@ -308,6 +309,10 @@ class Iteration:
             return
         level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _in_one(numbers: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -42,7 +42,7 @@ class Record:
 
     def with_choices(self, choices: Mapping[str, Any]) -> Record:
         """This record, closed: the choices were made."""
-        return replace(self, choices=choices)
+        return Record(self.batch, self.seed, self.iteration, choices)
 
 
 class Aftermath(NamedTuple):

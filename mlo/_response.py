@@ -129,7 +129,9 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         fixed = _without_history(around) if recording else around
         tangents = at_rest(start, fixed) if tape.forward and not recording else []
         for number, record in enumerate(records[:begun]):
-            if kept:
+            if kept.maxlen == 1:
+                kept.clear()  # and its gradient, before there is another
+            elif kept:
                 kept[-1] = replace(kept[-1], gradient=None)
             position, last, loss, aftermath = take(level, position, fixed, record)
             tangents = advanced(last, tangents) if tangents else []
