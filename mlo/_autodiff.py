@@ -107,11 +107,13 @@ def _reversed(
 
     Where they have something to find, a shape that does not fit or a tensor that is not torch's own, they are made.
     """
-    fits = all(output.shape == weight.shape for output, weight in zip(outputs, weights, strict=True))
     inputs = tuple(inputs)
-    if not fits or has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling():
-        return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
-    return _engine_run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
+    plain = not (has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling())
+    for output, weight in zip(outputs, weights, strict=True):
+        plain = plain and output.shape == weight.shape
+    if plain:
+        return _engine_run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
+    return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
 
 
 def pushforward(

@@ -184,7 +184,8 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
             losses.append(loss.detach())
             left.append((aftermath.measured, aftermath.buffers, aftermath.choices))
             parts.append(aftermath.parts)
-        return at.variables, (_numbers(at), losses, left, (*_numbers(before), _tree.detach(gradient)))
+        stood = (_tree.detach(before.variables), *_left(before), _tree.detach(gradient))
+        return at.variables, (_left(at), losses, left, stood)
 
     live = {name: around.values[name] for name in (*around.live, *recorded(around.values)[0])}
     variables, (end, losses, left, (*stood, gradient)), pull = linearise(steps, live)
@@ -194,7 +195,7 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
     return replace(
         before,
-        end=_position((variables, *end[1:]), count),
+        end=_position((variables, *end), count),
         losses=(*before.losses, *losses),
         aftermaths=(*before.aftermaths, *aftermaths),
         kept=(last,),
@@ -204,10 +205,9 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     )
 
 
-def _numbers(at: Position) -> tuple[Tree, Mapping[str, Tensor], Mapping[str, Tree]]:
-    """The tensors of a position without their history: what a transform lets out."""
-    moments = {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
-    return _tree.detach(at.variables), dict(at.buffers), moments
+def _left(at: Position) -> tuple[Mapping[str, Tensor], Mapping[str, Tree]]:
+    """The tensors of a position beside its variables, without their history: what a transform lets out."""
+    return dict(at.buffers), {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
 
 
 def _position(numbers: Sequence[Any], count: int) -> Position:
