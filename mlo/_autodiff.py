@@ -14,11 +14,13 @@ tensors it was taken at: see `is_recorded`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
+from torch.overrides import has_torch_function
 
 from mlo import _tree
 from mlo._errors import GraphError, Mistake
@@ -109,8 +111,23 @@ def _pulled(
     if not tracked or not inputs:
         return {}
     outputs, weights = zip(*tracked, strict=True)
-    found = torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
-    return _grouped(wanted, found)
+    return _grouped(wanted, _reversed(outputs, inputs, weights, retain=retain, again=again))
+
+
+def _reversed(
+    outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], weights: tuple[Tensor, ...], *, retain: bool, again: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each.
+
+    Where they have something to find, a shape that does not fit or a tensor that is not torch's own, they are made.
+    """
+    inputs = tuple(inputs)
+    plain = not (has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling())
+    for output, weight in zip(outputs, weights, strict=True):
+        plain = plain and output.shape == weight.shape
+    if plain:
+        return _engine_run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
+    return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
 
 
 def pushforward(
@@ -166,7 +183,7 @@ def gradients(
     inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
     if not value.requires_grad or not inputs:
         return {}, value.detach(), after
-    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
     return _grouped(leaves, found), value.detach(), after
 
 
@@ -184,7 +201,8 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
-        found = torch.autograd.grad(value, _tree.leaves(point), create_graph=True, allow_unused=True)
+        one = torch.ones_like(value)
+        found = _reversed((value,), _tree.leaves(point), (one,), retain=True, again=True)
     return _grouped({"": point}, found).get(""), value, after
 
 
@@ -232,15 +250,21 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else _leaf(tensor)
 
 
-def _grouped(wanted: Mapping[str, Tree], found: Iterable[Tensor | None]) -> Upstream:
+def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstream:
     """`found`, which follows the leaves of `wanted`, as trees by name; a tree none of whose leaves is used is left out."""
-    parts = iter(found)
-    grouped: dict[str, list[Tensor]] = {}
+    grouped: dict[str, Tree] = {}
+    begin = 0
     for name, tree in wanted.items():
-        tensors = _tree.leaves(tree)
-        own = [next(parts) for _ in tensors]
-        if any(part is not None for part in own):
-            grouped[name] = [
-                torch.zeros_like(leaf) if part is None else part for leaf, part in zip(tensors, own, strict=True)
-            ]
-    return {name: _tree.rebuild(wanted[name], tensors) for name, tensors in grouped.items()}
+        if not isinstance(tree, Mapping):
+            part = found[begin]
+            begin += 1
+            if part is not None:
+                grouped[name] = part
+            continue
+        own = found[begin : begin + len(tree)]
+        begin += len(tree)
+        if all(part is None for part in own):
+            continue
+        pairs = zip(tree.items(), own, strict=True)
+        grouped[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
+    return grouped

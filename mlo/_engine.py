@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -159,7 +160,8 @@ class Iteration:
             if upper in arrived
         }
         if direct is None:
-            return Parts(direct=_tree.zeros(values[upper]), through=through, has_direct=False), loss, aftermath
+            nothing = _tree.apply(_zeros, values[upper])
+            return Parts(direct=nothing, through=through, has_direct=False), loss, aftermath
         return Parts(direct=direct, through=through), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
@@ -301,12 +303,24 @@ class Iteration:
         if inside_transform() or is_traced() or not self.numbers:
             return
         numbers = [number for *_, number in self.numbers]
-        if any(number.dtype != numbers[0].dtype for number in numbers):
-            numbers = [number.double() for number in numbers]
-        if bool(torch.stack(numbers).isfinite().all()):
+        if all(number.is_cpu for number in numbers):  # one by one, without an operation: nothing has to be waited for
+            if all(isfinite(number.item()) for number in numbers):
+                return
+        elif bool(_in_one(numbers).isfinite().all()):
             return
         level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _in_one(numbers: Sequence[Tensor]) -> Tensor:
+    """Zero-dimensional tensors side by side."""
+    if any(number.dtype != numbers[0].dtype for number in numbers):
+        numbers = [number.double() for number in numbers]
+    return torch.stack(list(numbers))
 
 
 def position(state: State, name: str) -> Position:

@@ -128,6 +128,10 @@ class JointLinearisation(AbstractLinearisation):
         """See `AbstractLinearisation`."""
         return self._players[self._names[0]].is_false(flag)
 
+    def known(self, value: Tensor) -> float | None:
+        """See `AbstractLinearisation`."""
+        return self._players[self._names[0]].known(value)
+
     def report(self, name: str, value: Tensor) -> None:
         """See `AbstractLinearisation`: the same for every player."""
         for player in self._players.values():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 from mlo._errors import UserError
 from mlo._structure import ARROWS
 from mlo._types import Constraint
 from mlo.hypergradient import AbstractHypergradient, Unroll
-from mlo.optimizer import AbstractOptimizer
+from mlo.optimizer import AbstractOptimizer, options_read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,6 +82,11 @@ class Level:
             )
         if self.optimizer is not None and self.objective is None:
             raise UserError(f"level '{self.name}' has an optimizer and no objective")
+
+    @cached_property
+    def read_by_optimizer(self) -> frozenset[str]:
+        """The levels that options of the optimizer are read from."""
+        return frozenset(read.level for _, read in options_read(self.optimizer)) if self.optimizer else frozenset()
 
     @property
     def is_joint(self) -> bool:

@@ -176,6 +176,10 @@ class Linearisation(AbstractLinearisation):
             return False
         return not bool(flag)
 
+    def known(self, value: Tensor) -> float | None:
+        """See `AbstractLinearisation`."""
+        return value.item() if value.is_cpu and not (inside_transform() or is_traced()) else None
+
     def report(self, name: str, value: Tensor) -> None:
         """See `AbstractLinearisation`."""
         self._around.tally.reports.setdefault(self._pair, {})[name] = value.detach()

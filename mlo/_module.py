@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from mlo._chain import chain_of, is_observed
 from mlo._constraint import Constraints
 from mlo._errors import UserError
 from mlo._reduction import current_group
@@ -38,6 +39,7 @@ class Skeleton:
             refuse_wrapped(module)
         self.runs = module is not None
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)} if module else {}
+        self._chains = {mode: chain_of(copy) for mode, copy in self._modes.items()}
         self._places = {mode: _places(copy) for mode, copy in self._modes.items()}
         self.written = frozenset(name for name, _ in module.named_buffers()) if module else frozenset[str]()
         """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
@@ -63,7 +65,11 @@ class Skeleton:
                 f"'{statistics}' takes statistics of the batch, of which each of several processes sees a part: call the "
                 "module with training=False, replace the layer (by GroupNorm, say), or run in one process"
             )
-        everything = {**tensors, **{name: tensors[first] for name, first in self._ties.items()}}
+        ties = self._ties
+        everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
+        chain = self._chains[training]
+        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
+            return chain(everything, args[0]), everything
         places = self._places[training]
         stood = [(name, *places[name]) for name in everything]
         before = [table[key] for _, table, key in stood]
@@ -75,7 +81,7 @@ class Skeleton:
         finally:
             for (_, table, key), tensor in zip(stood, before, strict=True):
                 table[key] = tensor
-        return output, everything | after
+        return output, {**everything, **after}
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -17,7 +17,6 @@ from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import current_group, reduced_trees
 from mlo._structure import reads
-from mlo.optimizer import options_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +42,7 @@ class Record:
 
     def with_choices(self, choices: Mapping[Any, Any]) -> Record:
         """This record, closed: the choices were made."""
-        return replace(self, choices=choices)
+        return Record(self.batch, self.seed, self.iteration, choices)
 
 
 class Aftermath(NamedTuple):
@@ -140,9 +139,10 @@ def evaluate(
     Raises `UserError` for a loss that is not one number, for measurements that are no tensors, and for an objective that
     changes values or its batch in place. What an objective raises itself is told which level and iteration it was.
     """
-    views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in reads(level)}
+    names = reads(level)
+    views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in names}
     visible = Values(level.name, views, record)
-    shared = _shared(level, values, record.batch)
+    shared = _shared([values[name] for name in names], record.batch)
     before = [tensor._version for tensor in shared]
     _random.reseed(record.seed)
     assert level.objective is not None
@@ -163,16 +163,17 @@ def evaluate(
     if not isinstance(measured, Mapping):
         raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
     own = views[level.name]
-    updated = dict(own.buffers) if isinstance(own, ModuleVariables) else {}
-    kept = {name: tensor.detach() for name, tensor in updated.items()}
+    kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if isinstance(own, ModuleVariables) else {}
     seen = {name: _measurement(level, name, value) for name, value in measured.items()}
     return loss, Aftermath(seen, kept, visible.choices)
 
 
-def _shared(level: Level, values: Mapping[str, Tree], batch: Any) -> list[Tensor]:
+def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:
     """The tensors that several evaluations see, and that know when they are written to."""
-    tensors = [tensor for name in reads(level) for tensor in _tree.leaves(values[name])]
-    waiting = [batch]
+    if inside_transform():
+        return []
+    tensors = [tensor for tree in trees for tensor in _tree.leaves(tree)]
+    waiting = [] if batch is None else [batch]
     while waiting:
         part = waiting.pop()
         if isinstance(part, torch.Tensor):
@@ -181,7 +182,7 @@ def _shared(level: Level, values: Mapping[str, Tree], batch: Any) -> list[Tensor
             waiting += part.values()
         elif isinstance(part, tuple | list):
             waiting += part
-    return [] if inside_transform() else [tensor for tensor in tensors if not tensor.is_inference()]
+    return [tensor for tensor in tensors if not tensor.is_inference()]
 
 
 def _where(error: Exception, level: Level) -> str:
@@ -228,7 +229,7 @@ def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton |
 
 def options_of(level: Level, skeletons: Mapping[str, Skeleton], values: Mapping[str, Tree]) -> dict[str, Tree] | None:
     """What the optimizer of `level` reads from other levels, as objectives see it; None where it reads nothing."""
-    names = {read.level for _, read in options_read(level.optimizer)} if level.optimizer else set[str]()
+    names = level.read_by_optimizer
     if not names:
         return None
     return {name: skeletons[name].constrained(values[name]) if name in skeletons else values[name] for name in names}

@@ -147,7 +147,9 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         fixed = _without_history(around) if recording else around
         tangents = at_rest(start, fixed) if tape.forward and not recording else []
         for number, record in enumerate(records[:begun]):
-            if kept:
+            if kept.maxlen == 1:
+                kept.clear()  # and its gradient, before there is another
+            elif kept:
                 kept[-1] = replace(kept[-1], gradient=None)
             position, last, loss, aftermath = take(level, position, fixed, record)
             tangents = advanced(last, tangents) if tangents else []
@@ -200,7 +202,8 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
             losses.append(loss.detach())
             left.append((aftermath.measured, aftermath.buffers, aftermath.choices))
             parts.append(aftermath.parts)
-        return at.variables, (_numbers(at), losses, left, (*_numbers(before), _tree.detach(gradient)))
+        stood = (_tree.detach(before.variables), *_left(before), _tree.detach(gradient))
+        return at.variables, (_left(at), losses, left, stood)
 
     live = {name: around.values[name] for name in (*around.live, *recorded(around.values)[0])}
     variables, (end, losses, left, (*stood, gradient)), pull = linearise(steps, live)
@@ -210,7 +213,7 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
     return replace(
         before,
-        end=_position((variables, *end[1:]), count),
+        end=_position((variables, *end), count),
         losses=(*before.losses, *losses),
         aftermaths=(*before.aftermaths, *aftermaths),
         kept=(last,),
@@ -220,10 +223,9 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     )
 
 
-def _numbers(at: Position) -> tuple[Tree, Mapping[str, Tensor], Mapping[str, Tree]]:
-    """The tensors of a position without their history: what a transform lets out."""
-    moments = {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
-    return _tree.detach(at.variables), dict(at.buffers), moments
+def _left(at: Position) -> tuple[Mapping[str, Tensor], Mapping[str, Tree]]:
+    """The tensors of a position beside its variables, without their history: what a transform lets out."""
+    return dict(at.buffers), {name: _tree.detach(moment) for name, moment in at.optimizer.moments.items()}
 
 
 def _position(numbers: Sequence[Any], count: int) -> Position:

@@ -259,6 +259,13 @@ class AbstractLinearisation(ABC):
     def is_false(self, flag: Tensor) -> bool:
         """Whether `flag` is known to be false. Looking costs a synchronisation, so it is not always looked at."""
 
+    def known(self, value: Tensor) -> float | None:
+        """The number in a zero-dimensional tensor, where looking needs no waiting: on the CPU, outside transforms.
+
+        None elsewhere. Where numbers are known, a flag that `is_false` did not find false is true.
+        """
+        return None
+
     @abstractmethod
     def report(self, name: str, value: Tensor) -> None:
         """Say how the pullback went: a zero-dimensional tensor for `Metrics.reports`."""

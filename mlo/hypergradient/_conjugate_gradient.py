@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import inf
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
@@ -99,19 +100,25 @@ class ConjugateGradient(AbstractInverse):
             image = self._image(at, direction)
             curvature = _tree.inner(direction, image)
             quotients.append((curvature / width, going))
-            flat = flat | (going & (curvature <= 0))
-            broken = broken | (going & ~curvature.isfinite())
-            going = going & (curvature > 0)
-            step = (square / curvature).where(going, 0.0)
+            step = square / curvature
+            known = at.known(curvature)
+            plain = known is not None and 0 < known < inf  # it goes on, and no mask is needed
+            if not plain:
+                flat = flat | (going & (curvature <= 0))
+                broken = broken | (going & ~curvature.isfinite())
+                going = going & (curvature > 0)
+                step = step.where(going, 0.0)
             solution = _tree.add(solution, direction, scale=step)
             residual = _tree.add(residual, image, scale=-step)
             after = _tree.inner(residual, residual)
-            turn = (after / square).where(going, 0.0)
+            turn = after / square
+            if not plain:
+                turn = turn.where(going, 0.0)
             direction = _tree.add(residual, direction, scale=turn)
             width = after + turn * turn * width  # ‖direction‖², for the residual is orthogonal to the one before
-            used = used + going.to(used.dtype)
-            square = after.where(going, square)
-            going = going & (square > stop)
+            used = used + (1 if plain else going.to(used.dtype))
+            square = after if plain else after.where(going, square)
+            going = square > stop if plain else going & (square > stop)
         poison = (square * 0).where(
             ~broken, float("nan")
         )  # a comparison with what is not a number is false: say so here

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Some = TypeVar("Some", bound=AbstractOptimizer)
 
+_NO_SCHEDULES = frozenset({float, int, bool, type(None)})
+
 
 def initial(optimizer: AbstractOptimizer, parameters: Tree) -> OptimizerState:
     """The state before the first update."""
@@ -50,6 +52,8 @@ def updated(
         gradient = _cut(gradient, _one(now.clip_value, read))
     if now.clip_norm is not None:
         gradient = _shortened(gradient, _one(now.clip_norm, read))
+    if not optimizer.groups and not any(isinstance(option, Read) for option in vars(now).values()):
+        return now.update(gradient, state, parameters)
     parts = list(_parts(optimizer if optimizer.groups else now, parameters, read))
     if not optimizer.groups and len(parts) == 1:
         return parts[0][0].update(gradient, state, parameters)
@@ -67,10 +71,12 @@ def updated(
 
 def at(optimizer: Some, iteration: int) -> Some:
     """`optimizer` with the numbers that its schedules give at `iteration`; itself if it has none."""
-    options = vars(optimizer).items()
-    return _with(
-        optimizer, {name: option(iteration) for name, option in options if isinstance(option, AbstractSchedule)}
-    )
+    numbers = {  # what is a number is told by its type: asking whether it is a schedule is slow
+        name: option(iteration)
+        for name, option in vars(optimizer).items()
+        if type(option) not in _NO_SCHEDULES and isinstance(option, AbstractSchedule)
+    }
+    return _with(optimizer, numbers)
 
 
 def l2_decays(
