@@ -329,7 +329,12 @@ DEFECTS = {  # the method, the answer it claims, the property that must be named
         {},
     ),
     "an inverse that does not exist": (Exact(), "exact", "unused", {}),
-    "holds the inverse fixed in a nest": (Altered(Exact(), holds_q_fixed), "exact", "nested", {"without": {"unused"}}),
+    "derivative of the inverse dropped in a nest": (
+        Altered(Exact(), holds_q_fixed),
+        "exact",
+        "nested",
+        {"without": {"unused"}},
+    ),
     "differentiates through a series in a nest": (
         Altered(Neumann(terms=1, step_size=0.5), differentiates_through),
         lambda h, v: 0.5 * v + 0.5 * (v - 0.5 * h @ v),
@@ -372,7 +377,7 @@ def test_processes_that_reduce_different_things_do_not_wait_for_each_other():
 
 
 def test_the_usual_faults_are_planted():
-    """By these names; those of nests and of several processes are planted where those are tested."""
+    """By these names; an unreduced product has a test of its own, `test_an_unreduced_product_is_caught`."""
     usual = {
         "sign",
         "factor α",
@@ -383,6 +388,7 @@ def test_the_usual_faults_are_planted():
         "momentum ignored",
         "path dropped",
         "stale linearisation",
+        "derivative of the inverse dropped in a nest",
     }
     assert usual <= DEFECTS.keys()
 
