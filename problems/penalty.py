@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlo
-from problems.blocks.digits import digits
+from problems.blocks.digits import whole_parts
 from problems.blocks.scores import classification_scores
 
 
@@ -24,19 +24,7 @@ class Data(mlo.Settings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """Logistic regression on flattened digits; all of a split is one batch."""
-    split = digits(
-        seed=context.seed,
-        largest_class=settings.train_per_class,
-        validation_per_class=settings.validation_per_class,
-        test_per_class=settings.test_per_class,
-    )
-    parts = {
-        name: {
-            "images": part.images.flatten(1).to(context.device, context.dtype),
-            "labels": part.labels.to(context.device),
-        }
-        for name, part in (("train", split.train), ("validation", split.validation), ("test", split.test))
-    }
+    parts = whole_parts(context, settings.train_per_class, settings.validation_per_class, settings.test_per_class)
 
     def evaluate(
         values: Mapping[str, Any],

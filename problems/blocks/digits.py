@@ -10,6 +10,8 @@ import torch
 from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
+import mlo
+
 CLASSES = 10
 STRONGEST = 16.0  # the largest intensity in scikit-learn's copy
 
@@ -119,3 +121,22 @@ def digits(
 
 def _take(data: Labelled, which: Tensor) -> Labelled:
     return Labelled(images=data.images[which], labels=data.labels[which])
+
+
+def whole_parts(
+    context: mlo.Context, train_per_class: int, validation_per_class: int, test_per_class: int
+) -> dict[str, dict[str, Tensor]]:
+    """So many digits of each class for `train`, `validation` and `test`, each one batch of flat `images` and `labels`."""
+    split = digits(
+        seed=context.seed,
+        largest_class=train_per_class,
+        validation_per_class=validation_per_class,
+        test_per_class=test_per_class,
+    )
+    return {
+        name: {
+            "images": part.images.flatten(1).to(context.device, context.dtype),
+            "labels": part.labels.to(context.device),
+        }
+        for name, part in (("train", split.train), ("validation", split.validation), ("test", split.test))
+    }
