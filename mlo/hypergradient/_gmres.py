@@ -72,11 +72,14 @@ class GMRES(AbstractInverse):
                 break
             used = used + going.to(used.dtype)
             image = _tree.add(at.hessian(basis[-1]), basis[-1], scale=self.damping)
-            column: list[Tensor] = []
+            column, size = list["Tensor"](), _tree.norm(image)
             for vector in basis:
                 column.append(_tree.inner(image, vector))
                 image = _tree.add(image, vector, scale=-column[-1])
             below = _tree.norm(image)
+            below = below.where(
+                below > self._rounding(cotangent) * size, 0.0
+            )  # the space is exhausted: no new direction
             basis.append(_tree.scale(image, by=_inverse(below)))
             for index, (cosine, sine) in enumerate(rotations):
                 upper, lower = column[index], column[index + 1]
@@ -93,6 +96,9 @@ class GMRES(AbstractInverse):
         at.report("residual", residual.abs() * _inverse(length))
         at.report("iterations", used)
         return solution
+
+    def _rounding(self, cotangent: Tree) -> float:
+        return 1e-14 if _tree.leaves(cotangent)[0].element_size() == 8 else 1e-6
 
     def _tolerance(self, cotangent: Tree) -> float:
         if self.tolerance is not None:
