@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_settings, default_tolerance, is_wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,12 +48,7 @@ class ConjugateGradient(AbstractInverse):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
-        if not self.damping >= 0:
-            raise ValueError(f"damping must be at least 0, got {self.damping}")
+        check_settings(self.iterations, self.tolerance, self.damping)
 
     @property
     def may_stop(self) -> bool:
@@ -139,10 +135,10 @@ class ConjugateGradient(AbstractInverse):
         return _tree.add(image, direction, scale=self.damping) if self.damping else image
 
     def _tolerance(self, cotangent: Tree) -> float:
-        wide = _tree.leaves(cotangent)[0].element_size() == 8
-        if self.tolerance is not None:  # squares far below would underflow, and look like a lack of curvature
-            return max(self.tolerance, 1e-30 if wide else 1e-14)
-        return 1e-12 if wide else 1e-6
+        if self.tolerance is None:
+            return default_tolerance(cotangent)
+        # squares far below would underflow, and look like a lack of curvature
+        return max(self.tolerance, 1e-30 if is_wide(cotangent) else 1e-14)
 
 
 def _largest(one: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_settings, default_tolerance, is_wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +39,7 @@ class GMRES(AbstractInverse):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
-        if not self.damping >= 0:
-            raise ValueError(f"damping must be at least 0, got {self.damping}")
+        check_settings(self.iterations, self.tolerance, self.damping)
 
     @property
     def may_stop(self) -> bool:
@@ -61,7 +57,8 @@ class GMRES(AbstractInverse):
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
         """See the class: Arnoldi's basis by modified Gram–Schmidt, the small triangle by Givens rotations."""
         length = _tree.norm(cotangent)
-        stop = self._tolerance(cotangent) * length
+        stop = (default_tolerance(cotangent) if self.tolerance is None else self.tolerance) * length
+        rounding = 1e-14 if is_wide(cotangent) else 1e-6
         basis = [_tree.scale(cotangent, by=_inverse(length))]
         columns, rotations, right = list[list["Tensor"]](), list[tuple["Tensor", "Tensor"]](), [length]
         used = length * 0
@@ -77,9 +74,7 @@ class GMRES(AbstractInverse):
                 column.append(_tree.inner(image, vector))
                 image = _tree.add(image, vector, scale=-column[-1])
             below = _tree.norm(image)
-            below = below.where(
-                below > self._rounding(cotangent) * size, 0.0
-            )  # the space is exhausted: no new direction
+            below = below.where(below > rounding * size, 0.0)  # else what is left of it is rounding, and no direction
             basis.append(_tree.scale(image, by=_inverse(below)))
             for index, (cosine, sine) in enumerate(rotations):
                 upper, lower = column[index], column[index + 1]
@@ -96,14 +91,6 @@ class GMRES(AbstractInverse):
         at.report("residual", residual.abs() * _inverse(length))
         at.report("iterations", used)
         return solution
-
-    def _rounding(self, cotangent: Tree) -> float:
-        return 1e-14 if _tree.leaves(cotangent)[0].element_size() == 8 else 1e-6
-
-    def _tolerance(self, cotangent: Tree) -> float:
-        if self.tolerance is not None:
-            return self.tolerance
-        return 1e-12 if _tree.leaves(cotangent)[0].element_size() == 8 else 1e-6
 
 
 def _inverse(number: Tensor) -> Tensor:

@@ -241,3 +241,37 @@ def test_minimal_residuals_take_an_indefinite_hessian():
     assert relative_error(found.hypergradient("u", found.init()), right) <= 1e-12
     worse = graph(Implicit(inverse=FirstOrder()))
     assert relative_error(worse.hypergradient("u", worse.init()), right) > 0.5
+
+
+def test_minimal_residuals_take_no_direction_out_of_rounding():
+    """One number is read and two are not: the second vector of a space of one must not be noise, wherever it starts."""
+
+    def graph(method: Any) -> mlo.Graph:
+        start = {"read": torch.tensor(1.0, dtype=torch.float64), "unused": torch.zeros(2, dtype=torch.float64)}
+        rule = SGD(learning_rate=0.1)
+        return mlo.Graph(
+            [
+                mlo.Level(
+                    "w",
+                    objective=lambda values, _: (values["w"]["read"] - values["u"]).cosh() + values["w"]["read"].pow(4),
+                    variables=start,
+                    given=("u",),
+                    optimizer=rule,
+                    steps=0,
+                    hypergradient=method,
+                ),
+                mlo.Level(
+                    "u",
+                    objective=lambda values, _: values["w"]["read"].pow(3),
+                    variables=torch.tensor(0.7, dtype=torch.float64),
+                    subject_to=("w",),
+                    optimizer=rule,
+                ),
+            ]
+        )
+
+    once, again = graph(GMRES(iterations=1)), graph(GMRES(iterations=3, tolerance=0.0))
+    for number in normal(200, seed=11):
+        at = {"w": {"read": number, "unused": torch.zeros(2, dtype=torch.float64)}}
+        right = once.hypergradient("u", once.init(values=at))
+        assert relative_error(again.hypergradient("u", again.init(values=at)), right) <= 1e-12, number
