@@ -128,7 +128,7 @@ class Nest:
 
     def implicit(self, values: Mapping[str, Tensor], low: Inverse, middle: Inverse) -> Tensor:
         """With q = `low`(H, λ) for x, differentiated as d(Bλ) = B(dλ − dH Bλ), and `middle`(J, λ) for y."""
-        in_x, in_y, in_u = torch.func.grad(self._upper, (0, 1, 2))(*(values[name] for name in (LOW, MIDDLE, UPPER)))
+        in_x, in_y, in_u = torch.func.jacrev(self._upper, (0, 1, 2))(*(values[name] for name in (LOW, MIDDLE, UPPER)))
         q = low(self._hessian(values), in_x)
         in_y = in_y - self._term.cross(values[LOW], values, MIDDLE).T @ q
         in_u = in_u - self._term.cross(values[LOW], values, UPPER).T @ q
@@ -147,8 +147,8 @@ class Nest:
         def whole(y: Tensor, u: Tensor) -> Tensor:
             return self._upper(self._stepped(begun, y, u, steps - held), y, u)
 
-        in_y, in_u = torch.func.grad(whole, (0, 1))(y, u)
-        j, k = torch.func.jacrev(torch.func.grad(phi), (0, 1))(y, u)
+        in_y, in_u = torch.func.jacrev(whole, (0, 1))(y, u)
+        j, k = torch.func.jacrev(torch.func.jacrev(phi), (0, 1))(y, u)
         return in_u - k.T @ torch.linalg.solve(j.T, in_y)
 
     # What all is made of.
@@ -170,7 +170,7 @@ class Nest:
         x, y, u = (values[name] for name in (LOW, MIDDLE, UPPER))
         h, g = self._hessian(values), self._gradient(x, y, u)
         b = torch.stack([inverse(h, row) for row in torch.eye(len(x), dtype=x.dtype)], dim=1)
-        slope = torch.func.grad(self._middle, (0, 1))
+        slope = torch.func.jacrev(self._middle, (0, 1))
         first = slope(x, y, u)[0]
         q = b @ first
 
