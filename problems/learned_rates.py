@@ -17,20 +17,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mlo
-from problems.blocks.digits import whole_parts
+from problems.blocks.digits import FewDigits, whole_parts
 from problems.blocks.networks import TwoLayers
 from problems.blocks.scores import classification_scores
 
 
-class Data(mlo.Settings):
-    """How many digits of each class are for training, validation and test."""
-
-    train_per_class: int = 10
-    validation_per_class: int = 20
-    test_per_class: int = 50
-
-
-def build(settings: Data, context: mlo.Context) -> mlo.Problem:
+def build(settings: FewDigits, context: mlo.Context) -> mlo.Problem:
     """A network on flattened digits; all of a split is one batch."""
     parts = whole_parts(context, settings.train_per_class, settings.validation_per_class, settings.test_per_class)
 

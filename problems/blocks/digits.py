@@ -123,6 +123,14 @@ def _take(data: Labelled, which: Tensor) -> Labelled:
     return Labelled(images=data.images[which], labels=data.labels[which])
 
 
+class FewDigits(mlo.Settings):
+    """How many digits of each class are for training, validation and test."""
+
+    train_per_class: int = 10
+    validation_per_class: int = 20
+    test_per_class: int = 50
+
+
 def whole_parts(
     context: mlo.Context, train_per_class: int, validation_per_class: int, test_per_class: int
 ) -> dict[str, dict[str, Tensor]]:
