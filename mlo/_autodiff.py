@@ -255,7 +255,7 @@ def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upst
     grouped: dict[str, Tree] = {}
     begin = 0
     for name, tree in wanted.items():
-        if not isinstance(tree, Mapping):
+        if not isinstance(tree, (dict, Mapping)):
             part = found[begin]
             begin += 1
             if part is not None:
@@ -263,7 +263,11 @@ def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upst
             continue
         own = found[begin : begin + len(tree)]
         begin += len(tree)
-        if all(part is None for part in own):
+        known = [part for part in own if part is not None]
+        if not known:
+            continue
+        if len(known) == len(tree):
+            grouped[name] = dict(zip(tree, known, strict=True))
             continue
         pairs = zip(tree.items(), own, strict=True)
         grouped[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}

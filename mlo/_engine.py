@@ -326,7 +326,7 @@ def _in_one(numbers: Sequence[Tensor]) -> Tensor:
 def position(state: State, name: str) -> Position:
     """Where level `name` stands in `state`."""
     variables = state.values[name]
-    if not inside_transform():
+    if not inside_transform() and any(tensor.requires_grad for tensor in _tree.leaves(variables)):
         variables = _tree.detach(variables)
     return Position(variables, state.buffers.get(name, {}), state.optimizers.get(name, OptimizerState()))
 

@@ -160,7 +160,7 @@ def evaluate(
             "the same ones: work on a clone"
         )
     loss = _scalar(level, loss)
-    if not isinstance(measured, Mapping):
+    if not isinstance(measured, (dict, Mapping)):
         raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
     own = views[level.name]
     kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if isinstance(own, ModuleVariables) else {}

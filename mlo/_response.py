@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import is_recorded, linearise, refuse_drawing
+from mlo._autodiff import inside_transform, is_recorded, linearise, refuse_drawing
 from mlo._linearisation import Linearisation
 from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import current_group
@@ -20,7 +20,7 @@ from mlo._step import Position, Step, Surroundings, connected, followed, joined,
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.hypergradient._unroll import replayed
-from mlo.optimizer import OptimizerState, updated
+from mlo.optimizer import OptimizerState, has_closed_pullback, pulled_back_to_gradient, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,8 +175,46 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         tangents=tuple(tangents),
     )
     if begun < steps:
+        one = steps - begun == 1 and not recording and not inside_transform()
+        if one and level.optimizer and has_closed_pullback(level.optimizer):
+            return _record_one(response, records[begun])
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
+
+
+def _record_one(before: Response, record: Record) -> Response:
+    """`_record` of one step whose update has a pullback in closed form: only its gradient needs a graph."""
+    level, around, at = before.level, before.around, before.end
+    around.tally.gradients += 1
+    optimizer = level.optimizer
+    assert optimizer is not None
+
+    def followed_gradient(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Tensor, Aftermath]]:
+        values = {**around.values, **live}
+        buffers = {**around.buffers, level.name: at.buffers}
+        found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
+        return connected(level, found), (loss.detach(), aftermath)
+
+    gradient, (loss, aftermath), pull = linearise(
+        followed_gradient, {name: around.values[name] for name in around.live}
+    )
+    variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
+
+    def pull_step(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
+        towards = pulled_back_to_gradient(optimizer, record.iteration, at.optimizer, cotangent)
+        return pull(towards, names, retain=retain)
+
+    last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
+    return replace(
+        before,
+        end=Position(variables, aftermath.buffers, state),
+        losses=(*before.losses, loss),
+        aftermaths=(*before.aftermaths, aftermath),
+        kept=(last,),
+        rest=(last.record, at.buffers),
+        recorded=1,
+        pull=pull_step,
+    )
 
 
 def _record(before: Response, records: Sequence[Record]) -> Response:

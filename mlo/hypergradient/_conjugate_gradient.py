@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from math import inf
+from math import inf, isfinite, isnan, nan
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
@@ -69,9 +70,65 @@ class ConjugateGradient(AbstractInverse):
         return self.iterations >= size
 
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
-        """See the class. Stopping is a mask, so that it works under `vmap`; where it can be looked at, work stops too."""
-        solution, residual = _tree.zeros(cotangent), cotangent
-        square = length = _tree.inner(cotangent, cotangent)
+        """See the class."""
+        length = _tree.inner(cotangent, cotangent)
+        known = at.known(length)
+        return self._solve_unseen(at, cotangent, length) if known is None else self._solve(at, cotangent, length, known)
+
+    def _solve(self, at: AbstractLinearisation, cotangent: Tree, like: Tensor, length: float) -> Tree:
+        """Where every number can be looked at: the recurrence as it is printed. `length` is λᵀλ."""
+        solution, residual, square = _tree.zeros(cotangent), cotangent, length
+        stop = self._tolerance(cotangent) ** 2 * length
+        is_flat, used = False, 0
+        quotients: list[float] = []  # of Rayleigh
+        before = at.recall(_SOLUTION) if self.warm_start else None
+        if before is not None:
+            image = self._image(at, before)
+            curvature, width = _number(before, image), _number(before, before)
+            if width > 0:
+                quotients.append(curvature / width)
+                is_flat = curvature <= 0
+            if isfinite(curvature):
+                size = _number(cotangent, before) / curvature if curvature > 0 else 0.0
+                solution, residual = _tree.scale(before, by=size), _tree.add(cotangent, image, scale=-size)
+                square = _number(residual, residual)
+            else:
+                square = nan
+        direction, width = residual, square
+        while square > stop and used < self.iterations:
+            image = self._image(at, direction)
+            curvature = _number(direction, image)
+            quotients.append(curvature / width)
+            if not 0 < curvature < inf:
+                is_flat, square = is_flat or curvature <= 0, square if isfinite(curvature) else nan
+                break
+            step = square / curvature
+            solution = _tree.add(solution, direction, scale=step)
+            residual = _tree.add(residual, image, scale=-step)
+            after = _number(residual, residual)
+            turn = after / square
+            direction = _tree.add(residual, direction, scale=turn)
+            width = after + turn * turn * width  # ‖direction‖², for the residual is orthogonal to the one before
+            square = after
+            used += 1
+        if not isfinite(square):  # a comparison with what is not a number is false: say so here
+            solution = _tree.apply(lambda tensor: tensor + nan, solution)
+        reports = {
+            "residual": (square / length) ** 0.5 if length else (0.0 if isfinite(square) else nan),
+            "iterations": float(used),
+            "negative_curvature": float(is_flat),
+        }
+        if quotients:
+            reports |= {"lambda_max": _extreme(max, quotients), "lambda_min": _extreme(min, quotients)}
+        for name, number in reports.items():
+            at.report(name, like.new_tensor(number))
+        if self.warm_start:
+            at.remember(_SOLUTION, solution)
+        return solution
+
+    def _solve_unseen(self, at: AbstractLinearisation, cotangent: Tree, length: Tensor) -> Tree:
+        """Stopping is a mask, so that it works under `vmap`; where a flag can be looked at, work stops too."""
+        solution, residual, square = _tree.zeros(cotangent), cotangent, length
         stop = self._tolerance(cotangent) ** 2 * length
         flat = going = square < 0  # false
         broken = ~square.isfinite()
@@ -97,24 +154,19 @@ class ConjugateGradient(AbstractInverse):
             curvature = _tree.inner(direction, image)
             quotients.append((curvature / width, going))
             step = square / curvature
-            known = at.known(curvature)
-            plain = known is not None and 0 < known < inf  # it goes on, and no mask is needed
-            if not plain:
-                flat = flat | (going & (curvature <= 0))
-                broken = broken | (going & ~curvature.isfinite())
-                going = going & (curvature > 0)
-                step = step.where(going, 0.0)
+            flat = flat | (going & (curvature <= 0))
+            broken = broken | (going & ~curvature.isfinite())
+            going = going & (curvature > 0)
+            step = step.where(going, 0.0)
             solution = _tree.add(solution, direction, scale=step)
             residual = _tree.add(residual, image, scale=-step)
             after = _tree.inner(residual, residual)
-            turn = after / square
-            if not plain:
-                turn = turn.where(going, 0.0)
+            turn = (after / square).where(going, 0.0)
             direction = _tree.add(residual, direction, scale=turn)
-            width = after + turn * turn * width  # ‖direction‖², for the residual is orthogonal to the one before
-            used = used + (1 if plain else going.to(used.dtype))
-            square = after if plain else after.where(going, square)
-            going = square > stop if plain else going & (square > stop)
+            width = after + turn * turn * width
+            used = used + going.to(used.dtype)
+            square = after.where(going, square)
+            going = going & (square > stop)
         poison = (square * 0).where(
             ~broken, float("nan")
         )  # a comparison with what is not a number is false: say so here
@@ -139,6 +191,16 @@ class ConjugateGradient(AbstractInverse):
             return default_tolerance(cotangent)
         # squares far below would underflow, and look like a lack of curvature
         return max(self.tolerance, 1e-30 if is_wide(cotangent) else 1e-14)
+
+
+def _number(tree: Tree, other: Tree) -> float:
+    return _tree.inner(tree, other).item()
+
+
+def _extreme(of: Callable[[Iterable[float]], float], numbers: Iterable[float]) -> float:
+    """The largest or least of those that are numbers; 0 if none is."""
+    kept = [number for number in numbers if not isnan(number)]
+    return of(kept) if kept else 0.0
 
 
 def _largest(one: Tensor, other: Tensor) -> Tensor:

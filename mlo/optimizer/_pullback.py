@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
 
 
+def has_closed_pullback(optimizer: AbstractOptimizer) -> bool:
+    """Whether `pulled_back` knows the formula: SGD that neither clips, nor groups parameters, nor reads options."""
+    clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
+    return isinstance(optimizer, SGD) and not (clips or optimizer.groups or any(options_read(optimizer)))
+
+
 def pulled_back(
     optimizer: AbstractOptimizer, iteration: int, state: OptimizerState, cotangent: Tree, moments: Upstream
 ) -> tuple[Tree, Upstream, Tree, Upstream] | None:
@@ -26,21 +32,34 @@ def pulled_back(
         b̄ = momentum · b̄',            w̄ = λ + decay · ḡ
 
     The same numbers as automatic differentiation, without evaluating the update. The last are those on levels that
-    options are read from: none. None for other optimizers, where the gradient is clipped, parameters are grouped or options
-    are read.
+    options are read from: none. None for other optimizers, see `has_closed_pullback`.
     """
-    clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
-    if clips or optimizer.groups or not isinstance(optimizer, SGD) or any(options_read(optimizer)):
+    if not has_closed_pullback(optimizer):
         return None
     now = at(optimizer, iteration)
-    momentum, decay = plain(now.momentum), plain(now.weight_decay)
-    direction = _tree.scale(cotangent, by=-plain(now.learning_rate))
-    before: Upstream = {}
-    if "momentum" in state.moments:
-        velocity = _tree.scale(direction, by=momentum) if now.nesterov else direction
-        velocity = _tree.add(moments["momentum"], velocity) if "momentum" in moments else velocity
-        before = {"momentum": _tree.scale(velocity, by=momentum)}
-        weight = 1.0 if state.count == 0 else 1.0 - plain(now.dampening)
-        reached = velocity if is_one(weight) else _tree.scale(velocity, by=weight)
-        direction = _tree.add(direction, reached) if now.nesterov else reached
+    assert isinstance(now, SGD)
+    direction, velocity = _pulled(now, state, cotangent, moments)
+    before: Upstream = {} if velocity is None else {"momentum": _tree.scale(velocity, by=plain(now.momentum))}
+    decay = plain(now.weight_decay)
     return direction, before, _tree.add(cotangent, direction, scale=decay) if not is_zero(decay) else cotangent, {}
+
+
+def pulled_back_to_gradient(
+    optimizer: AbstractOptimizer, iteration: int, state: OptimizerState, cotangent: Tree
+) -> Tree:
+    """The first of what `pulled_back` gives, where it knows the formula: ḡ for λ on w' and nothing on the moments."""
+    now = at(optimizer, iteration)
+    assert isinstance(now, SGD)
+    return _pulled(now, state, cotangent, {})[0]
+
+
+def _pulled(now: SGD, state: OptimizerState, cotangent: Tree, moments: Upstream) -> tuple[Tree, Tree | None]:
+    """ḡ and b̄' of `pulled_back`; without momentum there is no b̄'."""
+    direction = _tree.scale(cotangent, by=-plain(now.learning_rate))
+    if "momentum" not in state.moments:
+        return direction, None
+    velocity = _tree.scale(direction, by=plain(now.momentum)) if now.nesterov else direction
+    velocity = _tree.add(moments["momentum"], velocity) if "momentum" in moments else velocity
+    weight = 1.0 if state.count == 0 else 1.0 - plain(now.dampening)
+    reached = velocity if is_one(weight) else _tree.scale(velocity, by=weight)
+    return _tree.add(direction, reached) if now.nesterov else reached, velocity
