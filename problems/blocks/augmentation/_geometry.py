@@ -1,8 +1,9 @@
-"""Shears, translations and rotations of images, each image by its own magnitude, resampled bilinearly."""
+"""Shears, translations and rotations of images, each image by its own, resampled bilinearly."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,72 +17,83 @@ ROTATION = 30.0
 """Degrees, at magnitude 1."""
 
 
-def shear_x(images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """out(y, x) = in(y, x + 0.3 s m y), about the centre of the image."""
-    y, x = _centres(images)
-    return _read(images, y, x + _each(signs * magnitudes) * SHEAR * y)
+def shear_x(amounts: Tensor, height: int, width: int) -> Tensor:
+    """out(y, x) = in(y, x + 0.3 a y), about the centre of the image."""
+    del height, width
+    return _matrices(amounts, y=(1, 0, 0), x=(SHEAR * amounts, 1, 0))
 
 
-def shear_y(images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """out(y, x) = in(y + 0.3 s m x, x), about the centre of the image."""
-    y, x = _centres(images)
-    return _read(images, y + _each(signs * magnitudes) * SHEAR * x, x)
+def shear_y(amounts: Tensor, height: int, width: int) -> Tensor:
+    """out(y, x) = in(y + 0.3 a x, x), about the centre of the image."""
+    del height, width
+    return _matrices(amounts, y=(1, SHEAR * amounts, 0), x=(0, 1, 0))
 
 
-def translate_x(images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """out(y, x) = in(y, x − 0.45 s m · width): sign 1 moves to the right."""
-    y, x = _centres(images)
-    return _read(images, y, x - _each(signs * magnitudes) * TRANSLATION * images.shape[-1])
+def translate_x(amounts: Tensor, height: int, width: int) -> Tensor:
+    """out(y, x) = in(y, x − 0.45 a · width): above 0 to the right."""
+    del height
+    return _matrices(amounts, y=(1, 0, 0), x=(0, 1, -TRANSLATION * width * amounts))
 
 
-def translate_y(images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """out(y, x) = in(y − 0.45 s m · height, x): sign 1 moves downwards."""
-    y, x = _centres(images)
-    return _read(images, y - _each(signs * magnitudes) * TRANSLATION * images.shape[-2], x)
+def translate_y(amounts: Tensor, height: int, width: int) -> Tensor:
+    """out(y, x) = in(y − 0.45 a · height, x): above 0 downwards."""
+    del width
+    return _matrices(amounts, y=(1, 0, -TRANSLATION * height * amounts), x=(0, 1, 0))
 
 
-def rotate(images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """out(p) = in(R p) with the rotation R by 30° s m about the centre: sign 1 turns against the clock."""
-    y, x = _centres(images)
-    angle = _each(signs * magnitudes) * math.radians(ROTATION)
+def rotate(amounts: Tensor, height: int, width: int) -> Tensor:
+    """out(p) = in(R p) with the rotation R by 30° a about the centre: above 0 against the clock."""
+    del height, width
+    angle = math.radians(ROTATION) * amounts
     cos, sin = torch.cos(angle), torch.sin(angle)
-    return _read(images, sin * x + cos * y, cos * x - sin * y)
+    return _matrices(amounts, y=(cos, sin, 0), x=(-sin, cos, 0))
 
 
-def _each(numbers: Tensor) -> Tensor:
-    """A number for each image, [n, 1, 1]."""
-    return numbers[:, None, None]
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """out(y, x) = in(M (y, x, 1)ᵀ), origin in the middle of the image, read bilinearly; outside lies 0.
 
-
-def _centres(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel centres with the origin in the middle of the image, y [height, 1] and x [1, width]."""
-    height, width = images.shape[-2:]
-    y = torch.arange(height, dtype=images.dtype, device=images.device) - (height - 1) / 2
-    x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2
-    return y[:, None], x[None]
-
-
-def _read(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The images [n, c, h, w] read bilinearly at centred places that broadcast to [n, h, w]; outside lies 0.
+    Images [n, c, h, w], each with its own M of `matrices` [n, 2, 3]; M = (1 0 0; 0 1 0) is the identity, bit for bit.
 
     By four gathers rather than `grid_sample`, whose coordinates relative to the size do not hold a pixel's centre
-    exactly: there magnitude 0 is not the identity bit for bit. Derivatives of every order, forward mode too.
+    exactly. Derivatives of every order, almost everywhere in M, in reverse and in forward mode.
     """
     count, channels, height, width = images.shape
+    y, x = _centres(height, images)[:, None], _centres(width, images)
+    (yy, yx, y1), (xy, xx, x1) = (row.unbind(1) for row in matrices[..., None, None].unbind(1))
+    row, below = _split(yy * y + yx * x + y1, height)
+    column, right = _split(xy * y + xx * x + x1, width)
     # A ring of zeros around the image makes reading outside no special case: beyond it everything is 0.
     ringed = pad(images, (1, 1, 1, 1)).flatten(2)
-    row, below = _split(y, height)
-    column, right = _split(x, width)
-    corner = (row * (width + 2) + column).expand(count, height, width).reshape(count, 1, -1)
+    corner = (row * (width + 2) + column).flatten(1)[:, None]
 
     def pixel(offset: int) -> Tensor:
-        index = (corner + offset).expand(-1, channels, -1)
-        return ringed.gather(2, index).view(count, channels, height, width)
+        return ringed.gather(2, (corner + offset).expand(-1, channels, -1)).view(count, channels, height, width)
 
-    below, right = below.unsqueeze(-3), right.unsqueeze(-3)
+    below, right = below[:, None], right[:, None]
     upper = pixel(0) * (1 - right) + pixel(1) * right
     lower = pixel(width + 2) * (1 - right) + pixel(width + 3) * right
     return upper * (1 - below) + lower * below
+
+
+MATRICES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "shear_x": shear_x,
+    "shear_y": shear_y,
+    "translate_x": translate_x,
+    "translate_y": translate_y,
+    "rotate": rotate,
+}
+"""M [n, 2, 3] of each operation, from amounts a = sign · magnitude [n] and the images' height and width."""
+
+
+def _matrices(amounts: Tensor, *, y: tuple[Tensor | float, ...], x: tuple[Tensor | float, ...]) -> Tensor:
+    """M from its two rows, of numbers and of one number for each image."""
+    entries = [entry if isinstance(entry, Tensor) else torch.full_like(amounts, entry) for entry in (*y, *x)]
+    return torch.stack(entries, dim=1).unflatten(1, (2, 3))
+
+
+def _centres(size: int, like: Tensor) -> Tensor:
+    """Pixel centres with the origin in the middle of the image, [size]."""
+    return torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) / 2
 
 
 def _split(at: Tensor, size: int) -> tuple[Tensor, Tensor]:

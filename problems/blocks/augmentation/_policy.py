@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from problems.blocks.augmentation._operations import OPERATIONS, apply
+from problems.blocks.augmentation._operations import OPERATIONS, apply_sorted
 
 
 @final
@@ -113,8 +113,5 @@ def _by_operation(images: Tensor, chosen: Tensor, magnitudes: Tensor, signs: Ten
     """O_i(x; μ_i) for each image, i = chosen [n], at the cost of one operation an image."""
     order = chosen.argsort(stable=True)
     sizes = chosen.bincount(minlength=len(OPERATIONS)).tolist()
-    groups = zip(
-        OPERATIONS, *(tensor[order].split(sizes) for tensor in (images, magnitudes, signs)), sizes, strict=True
-    )
-    changed = [apply(name, part, mu, sign) for name, part, mu, sign, size in groups if size]
-    return torch.cat(changed)[order.argsort()]
+    changed = apply_sorted(images[order], magnitudes[order], signs[order], sizes)
+    return changed[order.argsort()]
