@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 import mlo
 
-Box: TypeAlias = tuple[float, float, float, float]
+Box: TypeAlias = tuple[int, int, int, int]
 """Left, upper, right and lower edge of a part of an image, in pixels."""
 
 TRIES = 10
@@ -108,30 +108,36 @@ class FileImages(AbstractImages):
 
     def take(self, index: Tensor, draws: Tensor | None) -> Tensor:
         """See the base. Raises `mlo.UserError` for a file that is no image."""
-        paths = [self.paths[number] for number in index.tolist()]
-        each: Sequence[Sequence[float] | None] = [None] * len(paths) if draws is None else draws.tolist()
+        chosen: list[int] = index.tolist()
+        paths = [self.paths[number] for number in chosen]
+        rows: list[list[float]] = [[] for _ in paths] if draws is None else draws.tolist()
         if self.workers < 1:
-            return torch.stack([self._decoded(path, of) for path, of in zip(paths, each, strict=True)])
+            return torch.stack([self._decoded(path, row) for path, row in zip(paths, rows, strict=True)])
         with ThreadPoolExecutor(self.workers) as pool:
-            return torch.stack(list(pool.map(self._decoded, paths, each)))
+            return torch.stack(list(pool.map(self._decoded, paths, rows)))
 
-    def _decoded(self, path: str, draws: Sequence[float] | None) -> Tensor:
+    def _decoded(self, path: str, draws: Sequence[float]) -> Tensor:
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
         except (OSError, SyntaxError) as error:  # the latter is what Pillow says of a broken PNG
             raise mlo.UserError(f"'{path}' cannot be read as an image: {error}") from error
-        box = middle(*image.size) if draws is None else random_part(*image.size, draws)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+        if draws:
+            part = image.crop(random_part(*image.size, draws))
+            image = part.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            image = _middle(image, self.size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels.flip(-1) if draws is not None and draws[-1] < 0.5 else pixels
+        return pixels.flip(-1) if draws and draws[-1] < 0.5 else pixels
 
 
-def middle(width: int, height: int) -> Box:
-    """The square in the middle whose side is 7/8 of the shorter side."""
-    side = min(width, height) * 7 / 8
-    left, upper = (width - side) / 2, (height - side) / 2
-    return left, upper, left + side, upper + side
+def _middle(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side resized to 8/7 of `size`, and the middle of that."""
+    short = round(size * 8 / 7)
+    wide, high = (int(short * side / min(image.size)) for side in image.size)
+    resized = image.resize((wide, high), Image.Resampling.BILINEAR)
+    left, upper = round((wide - size) / 2), round((high - size) / 2)
+    return resized.crop((left, upper, left + size, upper + size))
 
 
 def random_part(width: int, height: int, draws: Sequence[float]) -> Box:

@@ -87,10 +87,12 @@ def image_sets(
     broken, with their path and the layout that is expected.
     """
     known = _known(name)
-    for setting, share, most in (("validation", validation, 1.0), ("fraction", fraction, 1.0 + 1e-9)):
-        if not (0 <= share < most) or (setting == "fraction" and share == 0):
-            allowed = "at least 0 and below 1" if setting == "validation" else "above 0 and at most 1"
-            raise ValueError(f"{setting} is {share}; it must be {allowed}")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation is {validation}; it must be at least 0 and below 1")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it must be above 0 and at most 1")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0")
     pixels = _size(name, known, size)
     place = _root(name, known, root)
     found = {half: _read(name, known, place, half, seed) for half in ("train", "test")}
@@ -104,9 +106,9 @@ def image_sets(
     images = {half: known.images(what, size=pixels, workers=workers) for half, (what, _) in found.items()}
     labels = {half: each for half, (_, each) in found.items()}
     used, rest = stratified(labels["train"], fraction, generator=_generator(seed, "fraction"))
+    if len(used) == 0:
+        raise ValueError(f"fraction is {fraction}; of {len(rest)} images it leaves none")
     held_out, kept = stratified(labels["train"][used], validation, generator=_generator(seed, "validation"))
-    if len(kept) == 0:
-        raise ValueError(f"validation is {validation}; of {len(used)} images it leaves none to train on")
 
     def part(half: Half, index: Tensor, *, augmented: bool = False) -> Part:
         return Part(images=images[half], index=index, labels=labels[half][index], augmented=augmented)
