@@ -36,7 +36,7 @@ def _torchmetrics() -> ModuleType:
 
 
 def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
-    """Accuracies in percent, and calibration, of logits [n, 10] for labels [n].
+    """Accuracies in percent, and calibration, of logits [n, classes] for labels [n].
 
     `balanced_accuracy` is the mean over classes, `top1` over samples, `class_deviation` the standard deviation of the
     classes' accuracies (population), `calibration_error` the expected one over 15 bins (Guo et al. 2017, Eq. 3).
@@ -49,15 +49,17 @@ def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
         "class_deviation": per_class.std(correction=0).item(),
         "calibration_error": 100
         * _torchmetrics()
-        .multiclass_calibration_error(probabilities, labels, num_classes=CLASSES, n_bins=15, norm="l1")
+        .multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=15, norm="l1")
         .item(),
     }
     return mlo.Evaluation(metrics=metrics)
 
 
 def class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of each class that is classified right, in percent, [10]."""
-    return 100 * _torchmetrics().multiclass_accuracy(logits, labels, num_classes=CLASSES, average="none").double()
+    """The share of each class that is classified right, in percent, [classes]."""
+    return (
+        100 * _torchmetrics().multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="none").double()
+    )
 
 
 def per_class_table(
