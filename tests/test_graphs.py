@@ -57,4 +57,8 @@ def test_every_level_moves_and_every_part_arrives(path: Path, cache: Path, tmp_p
             assert math.isfinite(norms["total"])
             assert norms["indirect"] > 0
             assert all(norm > 0 for norm in norms["through"].values()), norms
-    assert run.summary["counts"] == run.summary["predicted_counts"]
+    counts, predicted = run.summary["counts"], run.summary["predicted_counts"]
+    if any(level.hypergradient.may_stop for level in spec.build()[0].levels.values()):
+        assert 0 < counts["products"] <= predicted["products"]  # an upper bound
+        counts = {**counts, "products": predicted["products"]}
+    assert counts == predicted
