@@ -195,3 +195,90 @@ def test_the_trace_names_everything_and_selections_sum_to_one() -> None:
             assert traced[f"selection.{stage}.{name}"] == policy.selections()[stage - 1, k]
             assert traced[f"magnitude.{stage}.{name}"] == policy.magnitudes()[stage - 1, k]
             assert traced[f"probability.{stage}.{name}"] == policy.probabilities()[stage - 1, k]
+
+
+def test_magnitudes_that_do_nothing_get_nothing_and_straight_through_ones_get_something() -> None:
+    """Invert, autocontrast and equalize have no magnitude, colour does nothing on grey images; solarize and posterize change
+    in steps, and what arrives at their magnitudes is a straight-through estimate."""
+    _, magnitude, _ = found(Exact()).abs().view(3, STAGES, len(OPERATIONS))  # probability, magnitude, selection
+    arrived = dict(zip(OPERATIONS, magnitude.sum(0).tolist(), strict=True))
+    assert {name for name, size in arrived.items() if size == 0} == {"invert", "autocontrast", "equalize", "color"}
+    assert min(arrived["solarize"], arrived["posterize"]) > 0
+
+
+def test_the_policy_waits_for_w_iterations_and_then_moves_in_every_s_th(tmp_path: Path) -> None:
+    spec = mlo.load(MADAO, "iterations=35", "levels.policy.warm_up=10", "evaluation.every=35")
+    run = mlo.run(spec, tmp_path / "run", quiet=True)
+    measured = {
+        line["iteration"]: line["measured"]["policy"] for line in run.metrics if "policy" in line.get("norms", {})
+    }
+    assert list(measured) == [20, 30]  # w = 10, s = 10
+    assert all(len(each) == 84 for each in measured.values())
+    assert {round(value, 6) for name, value in measured[20].items() if name.startswith("selection")} == {
+        round(1 / 14, 6)
+    }
+    assert {value for name, value in measured[20].items() if not name.startswith("selection")} == {0.5}
+    assert measured[30] != measured[20]
+    for stage in (1, 2):
+        total = sum(value for name, value in measured[30].items() if name.startswith(f"selection.{stage}"))
+        assert abs(total - 1) < 1e-5
+    (table,) = run.summary["tables"]
+    assert table["columns"] == ["operation", "π 1", "π 2", "μ 1", "μ 2", "p 1", "p 2"]
+    assert [row[0] for row in table["rows"]] == list(OPERATIONS)
+    assert (run.folder / "pictures" / "augmented_by_policy.png").is_file()
+    assert run.summary["counts"] == {"gradients": 39, "products": 12, "pullbacks": 2}  # 35 + 2·2; 2·(J + 1)
+
+
+def test_a_trial_of_randaugment_has_one_magnitude_of_thirty_chosen_by_seed_and_level() -> None:
+    chosen = []
+    for seed in (0, 0, 1, 2):
+        graph, _ = mlo.load(MADAO.parent / "madao" / "randaugment.yaml", f"seed={seed}", "dtype=float64").build()
+        values = graph.init(seed=seed).values
+        for name in ("policy", "second_policy"):
+            magnitudes = values[name]["magnitude"].sigmoid()
+            number = 30 * magnitudes[0, 0].item() - 0.5
+            assert abs(number - round(number)) < 1e-6
+            torch.testing.assert_close(magnitudes, magnitudes[0, 0].expand_as(magnitudes))
+            torch.testing.assert_close(values[name]["probability"].sigmoid(), torch.full_like(magnitudes, 0.5))
+            chosen.append(round(number))
+    assert chosen[:2] == chosen[2:4]
+    assert len(set(chosen)) > 2
+    assert set(chosen) <= set(range(30))
+
+
+def test_of_two_trials_the_one_that_is_better_on_validation_images_is_judged() -> None:
+    graph, problem = mlo.load(MADAO.parent / "madao" / "randaugment.yaml", "dtype=float64").build()
+    values, both = graph.values(graph.init()), ("classifier", "second_classifier")
+    assert problem.evaluate is not None
+
+    def judged(split: str, *model: str) -> dict[str, float]:
+        with torch.no_grad():
+            return dict(problem.evaluate(values, split, model=model, totals={}, complete=False).metrics)
+
+    alone = {name: judged("validation", name)["top1"] for name in both}
+    assert alone["classifier"] != alone["second_classifier"]
+    best = max(alone, key=lambda name: alone[name])
+    together = judged("test", *both)
+    assert together.pop("chosen") == both.index(best) + 1
+    assert together == judged("test", best)
+
+
+def test_the_critics_loss_in_closed_form() -> None:
+    """For linear scores c(x) = a·x the slope is a everywhere: the penalty is (‖a‖ − 1)², whatever the mixture."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 64, generator=generator)  # four classes and c
+    images_of = lambda seed: images(seed)  # noqa: E731
+    dark = lambda shown, draws: 0.5 * shown  # noqa: E731
+    batch = {
+        "train": images_of(1),
+        "real": images_of(2),
+        "augmentation_noise": {},
+        "mixing": torch.rand(IMAGES, generator=generator),
+    }
+    values = {"critic": lambda shown: shown.flatten(1) @ weight.T, "policy": dark}
+    loss, measured = madao.criticism(values, batch, penalty=3.0)
+    score = lambda part, factor: (factor * part["images"].flatten(1) @ weight[4]).mean()  # noqa: E731
+    distance = score(batch["real"], 1.0) - score(batch["train"], 0.5)
+    recognised = cross_entropy(batch["real"]["images"].flatten(1) @ weight[:4].T, batch["real"]["labels"])
+    torch.testing.assert_close(measured["distance"], distance)
+    torch.testing.assert_close(loss, 3.0 * (weight[4].norm() - 1) ** 2 + recognised - distance)
