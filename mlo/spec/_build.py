@@ -213,9 +213,13 @@ def _level(
     every, warm_up = durations.of(level, "every"), durations.of(level, "warm_up")
     if len(faults) > before or variables is None:
         return None
-    with _random.preserved():
-        _random.reseed(_random.key(context.seed, "variables", level.name))
-        made = variables()
+    try:
+        with _random.preserved():
+            _random.reseed(_random.key(context.seed, "variables", level.name))
+            made = variables()
+    except ValueError as error:  # what a builder says of its own options
+        faults.append(_refused(error, variables, level))
+        return None
     made = _placed(made, context)
     _freeze(made, level, faults)
     found = Level(
@@ -271,6 +275,14 @@ def _bound(
     options, wrong = check_options(found, choice.options, schedule=schedule)
     faults += [fault.below((*here, choice.name)) for fault in wrong]
     return None if wrong else _Bound(found, options)
+
+
+def _refused(error: ValueError, variables: _Bound, level: LevelSpec) -> Fault:
+    """What a builder of variables says, at the option that its first word names."""
+    first = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
+    choice = level.variables
+    inside = (choice.name, first) if choice is not None and first in variables.options else ()
+    return Fault(("levels", level.name, "variables", *inside), f"{error}{'' if str(error).endswith('.') else '.'}")
 
 
 @final
@@ -391,17 +403,21 @@ class _Durations:
     def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: tuple[str, ...]) -> int:
         if isinstance(duration, int):
             return duration
-        lengths = [
-            length for each in ([level] if level else self.spec.levels.values()) for length in self._lengths(each)
-        ]
+        if duration.of is not None and duration.of not in self.streams:
+            self.faults.append(Fault((*path, "of"), unknown("stream", duration.of, self.streams)))
+            return 1
+        levels = self.spec.levels.values() if level is None or duration.of is not None else [level]
+        lengths = [length for each in levels for length in self._lengths(each, duration.of)]
         if not lengths:
             self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
             return 1
         return max(1, math.ceil(duration.epochs * max(lengths)))
 
-    def _lengths(self, level: LevelSpec) -> Iterator[float]:
-        """Iterations that one pass over each of the level's streams takes."""
+    def _lengths(self, level: LevelSpec, of: str | None) -> Iterator[float]:
+        """Iterations that one pass over each of the level's streams takes, or over one of them."""
         for name in _stream_names(level):
+            if of is not None and name != of:
+                continue
             draws = self.streams[name].draws_per_epoch() if name in self.streams else None
             if draws is not None:
                 yield draws / max(1, level.steps)

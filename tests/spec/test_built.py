@@ -33,7 +33,9 @@ def network():
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
 
 
-def policy(*, initial: float = 0.5):
+def policy(*, initial: float = 0.5, length: int = 3):
+    if length != 3:
+        raise ValueError(f"length is {length}; it must be 3" if length > 0 else "too short")
     return {"p": torch.full((3,), initial), "mu": torch.zeros(2)}
 
 
@@ -97,6 +99,19 @@ def test_epochs_are_passes_over_the_levels_own_stream(load):
     assert graph.levels["w"].optimizer == SGD(learning_rate=WarmUp(over=3, then=Cosine(start=0.5, over=40)))
 
 
+def test_epochs_may_be_those_of_another_stream(load):
+    """A policy above a classifier waits for the classifier's epochs: `w` passes over 100 samples in 10 iterations."""
+    whole = GRAPH.replace("    subject_to: [w]\n    batch: train", "    subject_to: [w]\n    batch: same")
+    for warm_up, steps, iterations in (
+        ("{epochs: 3}", 1, 3),
+        ("{epochs: 3, of: train}", 1, 30),
+        ("{epochs: 3, of: train}", 5, 6),
+        ("{epochs: 3, of: same}", 1, 3),
+    ):
+        graph, _ = load(whole, f"levels.u.warm_up={warm_up}", f"levels.w.steps={steps}").build()
+        assert graph.levels["u"].warm_up == iterations
+
+
 def test_any_number_of_an_objective_may_be_a_schedule(load):
     spec = load(GRAPH, "levels.w.objective={fit: {weight: {multi_step: {start: 8, factor: 0.5, at: [2, 3]}}}}")
     graph, problem = spec.build()
@@ -158,10 +173,15 @@ WRONG = [
     ("{p: sigmoid}", "{mu: softplus}", "15:18: levels.u.constraints: 'mu' must be above 0 for softplus to reach, starts at 0"),
     ("variables: policy", "variables: {policy: {initial: 1}}",
      "15:18: levels.u.constraints: 'p' must be above 0 and below 1 for a sigmoid to reach, starts at 1"),
+    ("variables: policy", "variables: {policy: {length: 4}}",
+     "11:34: levels.u.variables.policy.length: length is 4; it must be 3."),
+    ("variables: policy", "variables: {policy: {length: 0}}", "11:17: levels.u.variables: too short."),
     ("objective: fit", "objective: {fit: {weight: {cosin: {start: 1}}}}",
      "6:31: levels.w.objective.fit.weight: no schedule named 'cosin'. Did you mean 'cosine'?"),
     ("objective: fit", "objective: {fit: {power: {cosine: {start: 1, over: 9}}}}",
      "6:30: levels.w.objective.fit.power: expected a whole number, got {cosine: {start: 1, over: 9}}."),
+    ("iterations: 6", "iterations: {epochs: 2, of: trian}",
+     "2:29: iterations.of: no stream named 'trian'. Did you mean 'train'?"),
     ("    batch: train\n    optimizer: {sgd: {learning_rate: 0.1",
      "    optimizer: {sgd: {learning_rate: {cosine: {start: 1, over: {epochs: 2}}}",
      "8:17: levels.w.optimizer: there is no stream with an end to count passes over; give iterations."),
