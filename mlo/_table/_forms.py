@@ -30,7 +30,7 @@ _HEADS = (
 def columns(metric: str) -> list[str]:
     """The heads of a table's columns."""
     return [
-        metric,
+        metric or "graph",
         "seeds",
         "mean ± deviation",
         "difference ± error",
@@ -227,7 +227,8 @@ def _one_line(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    line = _one_line(text)
+    """What is wrong, without what often helps."""
+    line = _one_line(text).partition("; ")[0]
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 

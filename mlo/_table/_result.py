@@ -90,8 +90,13 @@ class Table:
     @property
     def notes(self) -> list[str]:
         """What must be known to read the numbers."""
-        made = {key: sorted(self._made_with(key)) for key in ("torch", "mlo", "numpy", "python")}
-        mixed = [f"{name} {' and '.join(found)}" for name, found in made.items() if len(found) > 1]
+        summaries = [run.summary for row in self.rows for run in row.finished.values()]
+        made = {
+            name: {str(summary["versions"].get(name)) for summary in summaries}
+            for name in ("mlo", "torch", "numpy", "python")
+        }
+        made["commit"] = {str(summary["git_commit"])[:12] for summary in summaries}
+        mixed = [f"{name} {' and '.join(sorted(found))}" for name, found in made.items() if len(found) > 1]
         notes = [f"made with different versions: {', '.join(mixed)}"] if mixed else []
         for row in self.rows:
             warned = [seed for seed, run in row.finished.items() if run.summary.get("warnings")]
@@ -105,9 +110,6 @@ class Table:
                 seeds = f"seed{'' if len(warned) == 1 else 's'} {', '.join(map(str, warned))}"
                 notes.append(f"{row.graph}: warnings in {seeds} ({', '.join(sorted(kinds))}); see summary.json")
         return notes
-
-    def _made_with(self, name: str) -> set[str]:
-        return {str(run.summary["versions"].get(name)) for row in self.rows for run in row.finished.values()}
 
 
 def tabulate(

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mlo._run._log import METRICS
 from mlo._run._progress import progress_line
-from mlo._table._cell import standing
+from mlo._table._cell import Failure, standing
 from mlo._table._work import Event, Kind
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ class Watch:
     def __init__(self, plan: Plan, console: Console) -> None:
         self._cells = {(cell.graph, cell.seed): cell for cell in plan.cells}
         self._running: dict[tuple[str, int], Cell] = {}
-        self._done = sum(standing(cell) is not None for cell in plan.cells)
         self._say = progress_line(console)
         self._live = (
             Live(console=console, get_renderable=self._lines, refresh_per_second=2, transient=True)
             if console.is_terminal and not console.quiet
             else None
         )
+        graphs, seeds = _counted(len(plan.graphs), "graph"), _counted(len(plan.seeds), "seed")
+        failed = sum(isinstance(standing(cell), Failure) for cell in plan.cells)
         self._say(
-            f"{len(plan.graphs)} graph{'' if len(plan.graphs) == 1 else 's'} × {len(plan.seeds)} "
-            f"seed{'' if len(plan.seeds) == 1 else 's'} in {plan.out}: {self._done} of {len(plan.cells)} are there"
+            f"{graphs} × {seeds} in {plan.out}: {self._done()} of {len(plan.cells)} are done"
+            + (f", {failed} of them failed" if failed else "")
         )
 
     def __enter__(self) -> Watch:
@@ -67,15 +68,22 @@ class Watch:
             self._say(f"{name}: {event.text}")
             return
         self._running.pop(key, None)
-        self._done += 1
         self._say(f"{name}: {event.kind.value} {self._how(event)}")
 
+    def _done(self) -> int:
+        """Other processes make cells too."""
+        return sum(standing(cell) is not None for cell in self._cells.values())
+
     def _how(self, event: Event) -> str:
-        count = f"({self._done} of {len(self._cells)})"
+        count = f"({self._done()} of {len(self._cells)})"
         return f"{count}: {event.text}" if event.kind is Kind.FAILED else f"in {event.text} {count}"
 
     def _lines(self) -> Text:
         return Text("\n".join(f"{cell}: {_where(cell)}" for cell in list(self._running.values())))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _where(cell: Cell) -> str:

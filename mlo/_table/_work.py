@@ -113,8 +113,10 @@ def _attempt(cell: Cell, say: Say) -> bool:
             raise
         except Exception as error:
             failure = Failure.of(error)
-            with suppress(OSError):  # of a disk that is full
+            try:
                 keep_failure(cell, failure)
+            except OSError as disk:
+                raise MachineError(f"{cell}: {failure.reason}\n{cell.folder / FAILED}: {disk.strerror}") from None
             say(Event(Kind.FAILED, cell.graph, cell.seed, failure.reason))
             return True
         finished = standing(cell)

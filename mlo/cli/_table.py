@@ -65,10 +65,13 @@ def table(
     """Run graphs × seeds, what is missing of them, and print means and paired differences."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("a table runs each cell in one process: use --jobs in place of torchrun")
+    files = tuple(each for each in graphs if not _is_change(each))
+    if not files:
+        raise UserError("a table needs a graph: python -m mlo table GRAPH… --seeds N")
     from mlo._table import Request, control_of, plan
 
     request = Request(
-        graphs=tuple(each for each in graphs if not _is_change(each)),
+        graphs=files,
         seeds=seeds_of(seeds),
         out=out,
         changes=tuple(with_options([each for each in graphs if _is_change(each)], device=device)),
@@ -94,6 +97,7 @@ def table(
         except KeyboardInterrupt:
             interrupted = True
     found = tabulate(planned, metrics=metric or (), against=against, holders=holders(planned))
+    interrupted |= not no_wait and any(row.unfinished for row in found.rows)  # the workers were asked to stop, not this
     write_table(found, out)
     if not quiet:
         _print(found, form)
