@@ -81,7 +81,7 @@ class Failure:
 def standing(cell: Cell) -> Finished | Failure | None:
     """What has become of `cell` so far. Raises `UserError` if its folder holds another specification."""
     identity = _identity(cell)
-    if identity is not None and identity != cell.spec.hash:
+    if identity is not None and identity != cell.identity:
         lines = "\n  ".join(_differences(cell))
         raise UserError(
             f"{cell.folder}: holds another run than is asked for:\n  {lines}\n"
@@ -100,7 +100,7 @@ def standing(cell: Cell) -> Finished | Failure | None:
 def keep_failure(cell: Cell, failure: Failure) -> None:
     """Remember in its folder why `cell` failed."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    write_json(cell.folder / FAILED, {"spec_hash": cell.spec.hash, **asdict(failure)})
+    write_json(cell.folder / FAILED, {"spec_hash": cell.identity, **asdict(failure)})
 
 
 def refuse_others(plan: Plan) -> None:

@@ -107,12 +107,12 @@ def _listen(processes: dict[Connection, BaseProcess], say: Say) -> None:
     open_ = dict(processes)
     ours = {name_of(process.pid) for process in processes.values() if process.pid is not None}
     while open_:
-        for ready in wait(list(open_)):
-            assert isinstance(ready, Connection)
+        ready = wait(list(open_))
+        for connection in [each for each in open_ if each in ready]:
             try:
-                heard = ready.recv()
+                heard = connection.recv()
             except (EOFError, ConnectionResetError):
-                open_.pop(ready).join()
+                open_.pop(connection).join()
                 continue
             if isinstance(heard, _Refused):
                 _raise(heard)

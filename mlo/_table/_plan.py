@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 from urllib.parse import quote
@@ -41,6 +42,11 @@ class Cell:
     seed: int
     spec: Spec
     folder: Path
+
+    @cached_property
+    def identity(self) -> str:
+        """The hash of its specification."""
+        return self.spec.hash
 
     @property
     def lock(self) -> Path:

@@ -55,18 +55,18 @@ def work(cells: Iterable[Cell], say: Say, *, wait: bool) -> None:
     goes on from the last checkpoint. Where all that is left belongs to others this waits for them, and takes over what
     they drop; without `wait` it returns.
     """
-    left, told = list(cells), set[tuple[Cell, str]]()
-    while left:
+    every, told = list(cells), set[tuple[str, int, str]]()
+    while left := [cell for cell in every if standing(cell) is None]:
         taken = False
-        for cell in list(left):
+        for cell in left:
             try:
                 taken |= _attempt(cell, say)
-                left.remove(cell)
             except Held as held:
-                if (cell, held.who) not in told:
-                    told.add((cell, held.who))
-                    say(Event(Kind.HELD, cell.graph, cell.seed, held.who))
-        if left and not taken:
+                key = (cell.graph, cell.seed, held.who)
+                if key not in told:
+                    told.add(key)
+                    say(Event(Kind.HELD, *key))
+        if not taken:
             if not wait:
                 return
             time.sleep(_PAUSE)

@@ -36,7 +36,7 @@ def table(
     graphs: Annotated[
         list[str],
         typer.Argument(
-            metavar="GRAPH… [KEY=VALUE…]",
+            metavar="GRAPH|KEY=VALUE",
             help="Graphs, as `run` takes them, and changes to all of them.",
             show_default=False,
         ),

@@ -114,14 +114,6 @@ def test_what_cells_of_one_seed_start_from_is_run_once(begin, tmp_path) -> None:
     assert ran["iterations"] <= (place / "noted").stat().st_size < 2 * ran["iterations"]
 
 
-def test_folders_of_another_specification_stop_all_workers(begin, tmp_path) -> None:
-    place = new_place(tmp_path / "place")
-    ended(begin(place, *GRAPHS, "--seeds", "1", "--quiet"))
-    out, err = ended(begin(place, *GRAPHS, "--seeds", "4", "--jobs", "2", "iterations=41"), 2)
-    assert (out, len(list(place.glob("runs/table/*/seed-*")))) == ("", 2)
-    assert "iterations: 40 there, 41 here" in err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
 def test_shipped_graphs_killed_at_several_moments_end_in_the_same_table(begin, tmp_path, moment) -> None:
