@@ -63,9 +63,10 @@ def cells(table: Table, metric: str) -> Iterator[list[str]]:
 def remarks(table: Table) -> list[str]:
     """What stands below a table: how to read it, every failure in full, what is not finished."""
     seeds = f"Seed{'' if len(table.seeds) == 1 else 's'} {_ranges(table.seeds)}"
+    pairs = f"; paired difference from {table.against} ± its standard error, t = difference / error"
     lines = [
-        f"{seeds}. Mean ± standard deviation over seeds; paired difference from {table.against} ± its standard error, "
-        "t = difference / error. Gradients and products: of one run, without pretraining. Seconds: of training."
+        f"{seeds}. Mean ± standard deviation over seeds{pairs if len(table.rows) > 1 else ''}. "
+        "Gradients and products: of one run, without pretraining. Seconds: of training."
     ]
     for graph, seed, failure in table.failures:
         lines.append(f"{graph}, seed {seed}, failed (exit code {failure.code}): {_one_line(failure.reason)}")

@@ -68,7 +68,7 @@ def _check(missing: Sequence[Cell]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise SpecError("\n".join(dict.fromkeys(line for error in errors for line in str(error).splitlines())))
+        raise SpecError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 def _work_in_processes(request: Request, say: Say, *, jobs: int, patient: bool) -> list[str]:

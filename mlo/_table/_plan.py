@@ -77,6 +77,8 @@ def plan(request: Request) -> Plan:
 
     Raises `SpecError` with the mistakes of all graphs, `UserError` for graphs that cannot be told apart or compared.
     """
+    if request.out.exists() and not request.out.is_dir():
+        raise UserError(f"{request.out}: not a folder; choose another with --out")
     for change in request.changes:
         if fold(change.partition("=")[0].strip()) == "seed":
             raise UserError(f"{change}: the seeds of a table are those of --seeds")
@@ -87,7 +89,7 @@ def plan(request: Request) -> Plan:
         try:
             spec = load(text, *request.changes, imports=request.imports)
         except SpecError as error:
-            mistakes += str(error).splitlines()
+            mistakes.append(str(error))
             continue
         place = _folder_name(spec.name).casefold()
         if place in files:

@@ -117,7 +117,7 @@ def test_what_cells_of_one_seed_start_from_is_run_once(begin, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
 def test_shipped_graphs_killed_at_several_moments_end_in_the_same_table(begin, tmp_path, moment) -> None:
-    graphs = ("learned_rates", "nested", "reweighting", "iterations=40", "levels.weights.warm_up=0", "--seeds", "2")
+    graphs = ("learned_rates", "nested", "penalty", "iterations=40", "--seeds", "2")
     began = time.monotonic()
     place = new_place(tmp_path / "one")
     ended(begin(place, *graphs, "--quiet"), timeout=600)
@@ -126,5 +126,6 @@ def test_shipped_graphs_killed_at_several_moments_end_in_the_same_table(begin, t
     both = [begin(other, *graphs, "--quiet") for _ in range(2)]
     time.sleep(moment * seconds)
     both[0].kill()
+    both[0].communicate()
     ended(both[1], timeout=600)
     assert contents(other / "runs" / "table") == contents(place / "runs" / "table")

@@ -218,6 +218,7 @@ def test_a_run_that_was_begun_by_hand_is_a_cell_and_one_that_goes_on_by_hand_is_
         ((*BOTH, "2", "name=same"), "slower.yaml: named 'same', as plain.yaml is"),
         ((*BOTH, "2", "evaluation=null"), "plain.yaml: has no `evaluation`, so there is nothing to compare"),
         ((*BOTH, "2", "levels.lower.optimizer=sdg"), "Did you mean 'sgd'?"),
+        ((*BOTH, "2", "--out", "plain.yaml"), "plain.yaml: not a folder; choose another with --out"),
         ((*BOTH, "2", "levels.lower.objective=squar"), "Did you mean 'square'?"),
         ((*BOTH, "2", "data.scal=1"), "Did you mean 'scale'?"),
     ],
