@@ -36,7 +36,7 @@ LAYERS = [
     {"mlo._graph", "mlo._problem"},
     {"mlo.spec", "mlo.testing"},
     {"mlo._run"},
-    {"mlo._audit", "mlo._doctor", "mlo._draw", "mlo._export", "mlo._new"},
+    {"mlo._audit", "mlo._doctor", "mlo._draw", "mlo._export", "mlo._new", "mlo._table"},
     {"mlo.cli"},
     {"mlo.__main__"},
 ]

@@ -19,6 +19,15 @@ class Refused(UserError):
     """What lies in a run folder cannot be gone on from; the message says why, and what can be done."""
 
 
+@final
+class Held(UserError):
+    """Another process is working there: `who` says which."""
+
+    def __init__(self, message: str, who: str) -> None:
+        super().__init__(message)
+        self.who = who
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` in one step: a reader, or a crash, sees the old contents or the new, never a part.
 

@@ -33,6 +33,11 @@ def alone(path: Path, *, busy: Callable[[str], None]) -> Generator[None]:
         os.close(opened)
 
 
+def name_of(process: int) -> str:
+    """What a lock file says of a process of this machine that holds it."""
+    return f"process {process} on {socket.gethostname()}"
+
+
 def _locked(path: Path, busy: Callable[[str], None]) -> int:
     told = False
     while True:
@@ -46,7 +51,7 @@ def _locked(path: Path, busy: Callable[[str], None]) -> int:
             if _is(path, opened):  # and not a file that its last holder has removed meanwhile
                 with suppress(OSError):  # a full disk is no reason not to hold the lock
                     os.ftruncate(opened, 0)
-                    os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                    os.pwrite(opened, name_of(os.getpid()).encode(), 0)
                 return opened
         except BaseException:
             os.close(opened)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from rich.console import Console
 
-from mlo._errors import UserError
 from mlo._run import _checkpoint, _generators
 from mlo._run._batches import Source
 from mlo._run._evaluate import Selection, try_evaluation
-from mlo._run._files import LOCK, Refused, remove_parts, run_folder, write_atomically, write_json
+from mlo._run._files import LOCK, Held, Refused, remove_parts, run_folder, write_atomically, write_json
 from mlo._run._follow import follow
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import alone
@@ -262,4 +261,4 @@ def _console(console: Console | None, quiet: bool) -> Console:
 
 
 def _refuse(folder: Path, who: str) -> None:
-    raise UserError(f"{folder}: this run is still going on, in {who}")
+    raise Held(f"{folder}: this run is still going on, in {who}", who)

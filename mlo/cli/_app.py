@@ -21,6 +21,7 @@ from mlo.cli._new import new
 from mlo.cli._resume import INTERRUPTED, interruptible, resume
 from mlo.cli._schema import schema
 from mlo.cli._show import show
+from mlo.cli._table import table
 
 OUR_BUG = 1
 
@@ -86,7 +87,7 @@ def check(
     describe(assembly, Console())
 
 
-for command in (resume, show, audit, export, new, schema, doctor):
+for command in (resume, table, show, audit, export, new, schema, doctor):
     app.command()(command)
 
 
