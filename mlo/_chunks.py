@@ -45,8 +45,8 @@ class Chunks:
 
         ‖Σ (n_c/n) ∇f_c − ∇f‖ / Σ (n_c/n) ‖∇f_c‖
 
-    where ∇f is `whole`, and None before. Raises `UserError` for a batch that cannot be divided, and for choices made by
-    `values.once`: they belong to the whole batch.
+    where ∇f is `whole`, and None before. Choices that were made by `values.once` are divided as the batch is. Raises
+    `UserError` for a batch or a choice that cannot be divided.
     """
 
     def __init__(
@@ -62,10 +62,11 @@ class Chunks:
         self._level, self._around, self._at = level, around, at
         self._batch, self._whole = record.batch, whole
         self.difference: Tensor | None = None
-        _refuse_choices(level.name, record.choices or {})
         self._chunks = [
-            Chunk(Record(part, _random.key(record.seed, "chunk", number), record.iteration, record.choices), share)
-            for number, (part, share) in enumerate(divided(record.batch, count, level.name))
+            Chunk(Record(batch, _random.key(record.seed, "chunk", number), record.iteration, choices), share)
+            for number, (batch, choices, share) in enumerate(
+                divided(record.batch, record.choices or {}, count, level.name)
+            )
         ]
 
     def product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
@@ -99,14 +100,13 @@ class Chunks:
         level, around, at = self._level, self._around, self._at
         buffers = {**around.buffers, level.name: at.buffers}
 
-        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, Mapping[Any, Any]]:
+        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
             values = {**around.values, **moving}
-            found, _, aftermath = followed(level, around, values, moving[level.name], buffers, chunk.record)
-            return connected(level, found), aftermath.choices
+            found, _, _ = followed(level, around, values, moving[level.name], buffers, chunk.record)
+            return connected(level, found), ()
 
         reads = {name: around.values[name] for name in towards if name != level.name}
-        found, choices, pull = linearise(gradient, {level.name: at.variables, **reads})
-        _refuse_choices(level.name, choices)
+        found, _, pull = linearise(gradient, {level.name: at.variables, **reads})
         return found, pull(direction, towards)
 
 
@@ -119,8 +119,10 @@ def _added(total: dict[str, Tree], found: Upstream, share: float) -> dict[str, T
     return {**total, **parts}
 
 
-def divided(batch: Any, count: int, level: str) -> list[tuple[Any, float]]:
-    """`batch` in `count` chunks, as even as they can be, each with its share of the samples.
+def divided(
+    batch: Any, choices: Mapping[Any, Any], count: int, level: str
+) -> list[tuple[Any, Mapping[Any, Any], float]]:
+    """`batch` and `choices` in `count` chunks, as even as they can be, each with its share of the samples.
 
     The samples are the leading dimension of every tensor in mappings, tuples and lists; numbers, text, None and tensors
     without dimensions belong to every chunk. There are no more chunks than samples. Tensors of n and m samples are divided
@@ -128,7 +130,7 @@ def divided(batch: Any, count: int, level: str) -> list[tuple[Any, float]]:
 
     Raises `UserError` for a batch without samples, for tensors that have no such chunks, and for anything else in it.
     """
-    tensors = _samples(batch, level)
+    tensors = _samples(batch, level, "its batch")
     sizes = set(tensors.values())
     if not sizes or 0 in sizes:
         raise UserError(f"level '{level}': its batch holds no samples that {count} chunks could be made of")
@@ -139,14 +141,23 @@ def divided(batch: Any, count: int, level: str) -> list[tuple[Any, float]]:
             f"level '{level}': its batch cannot be divided into {count} chunks with the same share of every tensor, whose "
             f"leading dimensions are {shown}; what is no sample belongs into `variables` or an option of the objective"
         )
+    for name, number in _samples(choices, level, "its choices").items():
+        if number % unit:
+            raise UserError(
+                f"level '{level}': its choice '{name}', made by `values.once`, has the leading dimension {number} beside "
+                f"{unit} samples, so that no chunk has its own; leave out `chunks`"
+            )
     parts = min(count, unit)
     ends = [0]
     for number in range(parts):
         ends.append(ends[-1] + unit // parts + (number < unit % parts))
-    return [(_part(batch, begin, end, unit), (end - begin) / unit) for begin, end in pairwise(ends)]
+    return [
+        (_part(batch, begin, end, unit), _part(choices, begin, end, unit), (end - begin) / unit)
+        for begin, end in pairwise(ends)
+    ]
 
 
-def _samples(batch: Any, level: str) -> dict[str, int]:
+def _samples(batch: Any, level: str, what: str) -> dict[str, int]:
     """The leading dimension of each tensor of `batch`, by its place."""
     found: dict[str, int] = {}
 
@@ -161,7 +172,7 @@ def _samples(batch: Any, level: str) -> dict[str, int]:
             for place, below in enumerate(cast("Sequence[Any]", part)):
                 look(below, f"{path}[{place}]")
         elif not (part is None or isinstance(part, str | int | float)):
-            where = f"'{path}'" if path else "its batch"
+            where = f"{what}, '{path}'," if path else what
             raise UserError(f"level '{level}': {where} is a {type(part).__name__}, which cannot be divided into chunks")
 
     look(batch, "")
@@ -181,12 +192,3 @@ def _part(batch: Any, begin: int, end: int, unit: int) -> Any:
         kind: Any = type(cast("Any", batch))
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     return batch
-
-
-def _refuse_choices(level: str, choices: Mapping[Any, Any]) -> None:
-    if choices:
-        names = ", ".join(f"'{name}'" for name in choices)
-        raise UserError(
-            f"the objective of level '{level}' makes the choice {names} by `values.once`, which belongs to the whole "
-            "batch and not to a chunk of it; leave out `chunks`"
-        )

@@ -58,9 +58,10 @@ class Linearisation(AbstractLinearisation):
         if chunks > 1:
             assert not self._recorded, "what is divided is not differentiated again"
             everything = {**around.values, level.name: at.variables}
-            found = partials(level, around.skeletons, everything, buffers, record, (level.name,))[0]
-            self._gradient, self._record = connected(level, found.get(level.name)), record
-            self._chunks = Chunks(level, around, at, record, chunks, self._gradient)
+            found, _, aftermath = partials(level, around.skeletons, everything, buffers, record, (level.name,))
+            self._gradient = connected(level, found.get(level.name))
+            self._record = record.with_choices(aftermath.choices)
+            self._chunks = Chunks(level, around, at, self._record, chunks, self._gradient)
             return
 
         def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, dict[str, Any]]:
