@@ -135,18 +135,17 @@ def case_f(table):
     """Beside plain training with the same augmentation, in place of what is written by hand."""
     problem = problems.madao()
     plain = problem.graph(None)
-    begin = plain.init()
 
-    def iterations(graph: Any, count: int = 60, state: Any = None) -> Any:
-        state = graph.init() if state is None else state
-        for _ in range(count):
-            state, _ = graph.step(state, problem.batches)
+    def iterations(graph: Any, count: int = 60) -> Any:
+        state = graph.init()
+        for number in range(count):
+            state, _ = graph.step(state, problem.batches[number % 20])
         return state
 
-    trained = iterations(plain, 59, begin)
+    trained, (batch, another) = iterations(plain, 59), problem.batches[18:]
     before = {name: getattr(trained, name) for name in ("values", "buffers", "iteration")}
-    least = peak(lambda: plain.step(trained, problem.batches))
-    whole: Any = None
+    least = peak(lambda: plain.step(trained, batch))
+    found = dict[int, torch.Tensor]()
     for chunks in (1, 2, 4, 8):
         graph = problem.graph(replace(PAPER, chunks=chunks))
         case = "F, whole products" if chunks == 1 else f"F, {chunks} chunks"
@@ -154,14 +153,17 @@ def case_f(table):
             measured = times(lambda: iterations(plain), lambda graph=graph: iterations(graph), seconds=0, pairs=3)
             table.append(row(f"{case}, 60 iterations", measured, 1.5))
         at = replace(graph.init(), **before)
-        most = peak(lambda graph=graph, at=at: graph.step(at, problem.batches))
+        most = peak(lambda graph=graph, at=at: graph.step(at, batch))
         table.append(Row(case, least, most, most / least, None, None if chunks == 1 else 1.94, "MiB"))
-        parts = graph.parts("policy", at, problem.batches).indirect
-        found = torch.cat([tensor.flatten() for tensor in parts.values()])
-        whole = found if chunks == 1 else whole
-        if chunks > 1:
-            error = ((found - whole).norm() / whole.norm()).item()
-            cosine = torch.cosine_similarity(found, whole, dim=0).item()
-            table.append(
-                Row(f"{case}, beside whole products", None, error, cosine, None, None, "relative error, cosine")
-            )
+        found[chunks] = indirect(graph, at, batch)
+        other, beside = found[chunks], f"{case} beside whole products"
+        if chunks == 1:
+            other, beside = indirect(graph, at, another), f"{case} of another batch beside this one's"
+        error = ((other - found[1]).norm() / found[1].norm()).item()
+        cosine = torch.cosine_similarity(other, found[1], dim=0).item()
+        table.append(Row(beside, None, error, cosine, None, None, "relative error, cosine"))
+
+
+def indirect(graph: Any, state: Any, batches: Any) -> torch.Tensor:
+    """What reaches the policy through the classifier, in one vector."""
+    return torch.cat([tensor.flatten() for tensor in graph.parts("policy", state, batches).indirect.values()])

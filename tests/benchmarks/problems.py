@@ -211,7 +211,7 @@ class Augmented:
 
     network: nn.Module
     policy: nn.Module
-    batches: dict[str, Any]
+    batches: list[dict[str, Any]]
 
     def graph(self, method: Any) -> mlo.Graph:
         """The policy moves every 60 iterations; without a method it stays as it is, and augments all the same."""
@@ -246,9 +246,12 @@ def madao() -> Augmented:
         grey = functional.interpolate(x.view(-1, 1, 8, 8), size=32, mode="bilinear")
         return {"x": grey * torch.rand(len(x), 3, 1, 1), "y": y}
 
-    draws = draws_for(32, stages=2, generator=torch.Generator().manual_seed(0))
-    train, validation = {**images(slice(0, 32)), "draws": draws}, images(slice(32, 64))
-    return Augmented(network, Policy(stages=2), {"classifier": train, "policy": validation})
+    def batches(number: int) -> dict[str, Any]:
+        draws = draws_for(32, stages=2, generator=torch.Generator().manual_seed(number))
+        train, validation = (images(slice(begin, begin + 32)) for begin in (64 * number, 64 * number + 32))
+        return {"classifier": {**train, "draws": draws}, "policy": validation}
+
+    return Augmented(network, Policy(stages=2), [batches(number) for number in range(20)])
 
 
 def ladder(depth: int) -> tuple[mlo.Graph, Callable[[], Tensor]]:
