@@ -18,7 +18,7 @@ from torch import Tensor
 class Written:
     """What was written for training or test, in the order in which a reader finds it.
 
-    - `images`: uint8 [n, 3, height, width]; those that are stored as JPEG have one colour each, which it keeps to ±3.
+    - `images`: uint8 [n, 3, height, width]; of those that are stored as JPEG, one colour each is kept to ±3.
     - `labels`: int64 [n], from 0.
     """
 
@@ -26,18 +26,25 @@ class Written:
     labels: Tensor
 
 
-def write(name: str, root: Path, *, classes: int = 2, train: int = 10, test: int = 3) -> dict[str, Written]:
-    """Write set `name` under `root`: `train` and `test` images for each of its first `classes` classes."""
+def write(
+    name: str, root: Path, *, classes: int = 2, train: int = 10, test: int = 3, patches: bool = False
+) -> dict[str, Written]:
+    """Write set `name` under `root`: `train` and `test` images for each of its first `classes` classes.
+
+    Small images are noise. Photographs have one colour each or, with `patches`, twelve.
+    """
     count = {"train": train * classes, "test": test * classes}
     held = name in ("cifar10", "cifar100", "svhn")
     made: dict[str, Written] = {}
     for number, (half, n) in enumerate(count.items()):
         generator = torch.Generator().manual_seed(number)
-        shape = (n, 3, 32, 32) if held else (n, 3, 1, 1)
+        shape = (n, 3, 32, 32) if held else (n, 3, 3, 4) if patches else (n, 3, 1, 1)
         images = torch.randint(256, shape, generator=generator).to(torch.uint8)
         labels = torch.arange(n) % classes
         labels = labels.sort().values if name == "imagenet" else labels
-        made[half] = Written(images=images if held else images.expand(-1, -1, 36, 48), labels=labels)
+        if not held:
+            images = images.repeat_interleave(36 // shape[2], 2).repeat_interleave(48 // shape[3], 3)
+        made[half] = Written(images=images, labels=labels)
     WRITERS[name](root, made["train"], made["test"])
     return made
 

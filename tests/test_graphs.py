@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from image_files import WRITERS, write
 
 import mlo
 
 ROOT = Path(__file__).parent.parent
 GRAPHS = sorted((ROOT / "graphs").rglob("*.yaml"))
+SMALLER = {  # networks in their quickest sizes; `test_networks_as_large_as_the_graphs_have_them` keeps theirs
+    "wide_resnet": {"depth": 10, "width": 1},
+    "densenet": {"depth": 10, "growth": 4},
+    "resnet": {"depth": 18},
+}
+Files = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +28,54 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("start")
 
 
-def shortened(path: Path) -> mlo.Spec:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A tiny set of images by its name, written in its own format when it is first asked for."""
+    places: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in places:
+            places[name] = tmp_path_factory.mktemp(name)
+            write(name, places[name], train=150 if name == "imagenet" else 10, patches=True)
+        return places[name]
+
+    return of
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT / "graphs"))
+
+
+def shortened(path: Path, *overrides: str) -> mlo.Spec:
     """Two iterations in which every level moves, after two of whatever it starts from."""
-    spec = mlo.load(path)
+    spec = mlo.load(path, *overrides)
     timing = [f"levels.{name}.{key}" for name in spec.levels for key in ("every=1", "warm_up=0")]
     starts = [f"start.{name}.with.iterations=2" for name in spec.start]
     return spec.replaced("iterations=2", *timing, *starts)
+
+
+def with_starts(spec: mlo.Spec, overrides: Callable[[mlo.Spec], list[str]]) -> list[str]:
+    """`overrides` of a graph, and those of the graphs it starts from."""
+    below = [(name, with_starts(start, overrides)) for name, start in spec.starts.items()]
+    return overrides(spec) + [f"start.{name}.with.{override}" for name, those in below for override in those]
+
+
+def on_files(spec: mlo.Spec, files: Files) -> list[str]:
+    """What a graph at paper scale is told, to run on few and small generated images."""
+    if spec.data.get("source") not in WRITERS:
+        return []
+    few = [f"data.root={files(str(spec.data['source']))}", "data.complete=false", "data.batch_size=4", "threads=1"]
+    return few + (["data.size=64", "data.workers=2"] if "workers" in spec.data else [])
+
+
+def smaller(spec: mlo.Spec) -> list[str]:
+    """Its networks in their quickest sizes, where they are those of the paper."""
+    found = {name: level.variables.name for name, level in spec.levels.items() if level.variables}
+    return [
+        f"levels.{name}.variables.{network}.{option}={value}"
+        for name, network in found.items()
+        for option, value in SMALLER.get(network.removesuffix("_critic"), {}).items()
+    ]
 
 
 def initial(spec: mlo.Spec, run: mlo.Run) -> dict[str, object]:
@@ -40,9 +91,22 @@ def differs(before: object, after: object) -> bool:
     return any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: str(path.relative_to(ROOT / "graphs")))
-def test_every_level_moves_and_every_part_arrives(path: Path, cache: Path, tmp_path: Path) -> None:
-    spec = shortened(path)
+@pytest.mark.parametrize("path", GRAPHS, ids=relative)
+def test_every_level_moves_and_every_part_arrives(path: Path, files: Files, cache: Path, tmp_path: Path) -> None:
+    spec = mlo.load(path)
+    told = with_starts(spec, partial(on_files, files=files)) + with_starts(spec, smaller)
+    two_iterations(shortened(path, *told), cache, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in GRAPHS if smaller(mlo.load(path))], ids=relative)
+def test_networks_as_large_as_the_graphs_have_them(path: Path, files: Files, cache: Path, tmp_path: Path) -> None:
+    told = with_starts(mlo.load(path), partial(on_files, files=files))
+    two_iterations(shortened(path, *told), cache, tmp_path)
+
+
+def two_iterations(spec: mlo.Spec, cache: Path, tmp_path: Path) -> None:
+    """Run `spec`: every level that is trained has moved, and every part of every hypergradient has arrived."""
     run = mlo.run(spec, tmp_path / "run", cache=cache, quiet=True)
     before, after = initial(spec, run), run.state("latest").values
     for name, level in spec.levels.items():

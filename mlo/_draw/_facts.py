@@ -86,9 +86,10 @@ def choice(value: Choice | None) -> str:
 
 
 def duration(value: int | Epochs) -> str:
-    """`1,000 iterations`, `25 epochs`."""
+    """`1,000 iterations`, `25 epochs`, `30 epochs of train`."""
     number, unit = (value.epochs, "epoch") if isinstance(value, Epochs) else (value, "iteration")
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+    of = f" of {value.of}" if isinstance(value, Epochs) and value.of else ""
+    return f"{number:,} {unit}{'' if number == 1 else 's'}{of}"
 
 
 def method(level: LevelSpec) -> str:

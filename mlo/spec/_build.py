@@ -393,17 +393,21 @@ class _Durations:
     def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: tuple[str, ...]) -> int:
         if isinstance(duration, int):
             return duration
-        lengths = [
-            length for each in ([level] if level else self.spec.levels.values()) for length in self._lengths(each)
-        ]
+        if duration.of is not None and duration.of not in self.streams:
+            self.faults.append(Fault((*path, "of"), unknown("stream", duration.of, self.streams)))
+            return 1
+        levels = self.spec.levels.values() if level is None or duration.of is not None else [level]
+        lengths = [length for each in levels for length in self._lengths(each, duration.of)]
         if not lengths:
             self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
             return 1
         return max(1, math.ceil(duration.epochs * max(lengths)))
 
-    def _lengths(self, level: LevelSpec) -> Iterator[float]:
-        """Iterations that one pass over each of the level's streams takes."""
+    def _lengths(self, level: LevelSpec, of: str | None) -> Iterator[float]:
+        """Iterations that one pass over each of the level's streams takes, or over one of them."""
         for name in _stream_names(level):
+            if of is not None and name != of:
+                continue
             draws = self.streams[name].draws_per_epoch() if name in self.streams else None
             if draws is not None:
                 yield draws / max(1, level.steps)

@@ -20,14 +20,16 @@ CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid", arbitrary_types_al
 
 
 class Epochs(BaseModel):
-    """A duration in passes over the level's own stream: `{epochs: 25}`.
+    """A duration in passes over the level's own stream, or over another: `{epochs: 25}`, `{epochs: 30, of: train}`.
 
     - `epochs`: how many passes; for a whole run, over the longest stream of any level.
+    - `of`: the stream that passes are counted over.
     """
 
     model_config = CONFIG
 
     epochs: Annotated[int, Field(ge=1), Form("a whole number of at least 1")]
+    of: Annotated[str | None, Form("the name of a stream")] = None
 
 
 class Choice(BaseModel):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 import mlo
 from problems.blocks.digits import CLASSES, all_digits
 from problems.blocks.quality import mean_pairwise_distance, recognised_share, recogniser, sample_grid
+from problems.blocks.torchvision_door import torchvision
 
 SAMPLES = 100
 """Generated images of each class that are judged."""
@@ -23,14 +27,20 @@ def _judge() -> nn.Module:
     return recogniser()
 
 
+@functools.cache
+def _torchmetrics() -> ModuleType:
+    """Not before a run needs it: 0.8 s. It imports torchvision, if it is there, and not through the door."""
+    with suppress(ImportError):
+        torchvision()
+    return importlib.import_module("torchmetrics.functional.classification")
+
+
 def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
-    """Accuracies in percent, and calibration, of logits [n, 10] for labels [n].
+    """Accuracies in percent, and calibration, of logits [n, classes] for labels [n].
 
     `balanced_accuracy` is the mean over classes, `top1` over samples, `class_deviation` the standard deviation of the
     classes' accuracies (population), `calibration_error` the expected one over 15 bins (Guo et al. 2017, Eq. 3).
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error  # not before a run needs it: 0.8 s
-
     per_class = class_accuracies(logits, labels)
     probabilities = logits.softmax(1)
     metrics = {
@@ -38,16 +48,18 @@ def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
         "top1": 100 * (logits.argmax(1) == labels).double().mean().item(),
         "class_deviation": per_class.std(correction=0).item(),
         "calibration_error": 100
-        * multiclass_calibration_error(probabilities, labels, num_classes=CLASSES, n_bins=15, norm="l1").item(),
+        * _torchmetrics()
+        .multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=15, norm="l1")
+        .item(),
     }
     return mlo.Evaluation(metrics=metrics)
 
 
 def class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of each class that is classified right, in percent, [10]."""
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    return 100 * multiclass_accuracy(logits, labels, num_classes=CLASSES, average="none").double()
+    """The share of each class that is classified right, in percent, [classes]."""
+    return (
+        100 * _torchmetrics().multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="none").double()
+    )
 
 
 def per_class_table(

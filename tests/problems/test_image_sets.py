@@ -131,6 +131,13 @@ def test_a_share_of_equal_classes_is_exact():
     assert torch.bincount(labels[drawn]).tolist() == [5] * 10
 
 
+def test_a_smaller_share_is_part_of_a_larger_one():
+    labels = torch.arange(4).repeat(50)
+    few, more = (stratified(labels, share, generator=torch.Generator().manual_seed(3))[0] for share in (0.1, 0.3))
+    assert len(few) == 20
+    assert set(few.tolist()) < set(more.tolist())
+
+
 # drawing
 
 

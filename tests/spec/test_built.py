@@ -97,6 +97,19 @@ def test_epochs_are_passes_over_the_levels_own_stream(load):
     assert graph.levels["w"].optimizer == SGD(learning_rate=WarmUp(over=3, then=Cosine(start=0.5, over=40)))
 
 
+def test_epochs_may_be_those_of_another_stream(load):
+    """A policy above a classifier waits for the classifier's epochs: `w` passes over 100 samples in 10 iterations."""
+    whole = GRAPH.replace("    subject_to: [w]\n    batch: train", "    subject_to: [w]\n    batch: same")
+    for warm_up, steps, iterations in (
+        ("{epochs: 3}", 1, 3),
+        ("{epochs: 3, of: train}", 1, 30),
+        ("{epochs: 3, of: train}", 5, 6),
+        ("{epochs: 3, of: same}", 1, 3),
+    ):
+        graph, _ = load(whole, f"levels.u.warm_up={warm_up}", f"levels.w.steps={steps}").build()
+        assert graph.levels["u"].warm_up == iterations
+
+
 def test_any_number_of_an_objective_may_be_a_schedule(load):
     spec = load(GRAPH, "levels.w.objective={fit: {weight: {multi_step: {start: 8, factor: 0.5, at: [2, 3]}}}}")
     graph, problem = spec.build()
@@ -162,6 +175,8 @@ WRONG = [
      "6:31: levels.w.objective.fit.weight: no schedule named 'cosin'. Did you mean 'cosine'?"),
     ("objective: fit", "objective: {fit: {power: {cosine: {start: 1, over: 9}}}}",
      "6:30: levels.w.objective.fit.power: expected a whole number, got {cosine: {start: 1, over: 9}}."),
+    ("iterations: 6", "iterations: {epochs: 2, of: trian}",
+     "2:29: iterations.of: no stream named 'trian'. Did you mean 'train'?"),
     ("    batch: train\n    optimizer: {sgd: {learning_rate: 0.1",
      "    optimizer: {sgd: {learning_rate: {cosine: {start: 1, over: {epochs: 2}}}",
      "8:17: levels.w.optimizer: there is no stream with an end to count passes over; give iterations."),

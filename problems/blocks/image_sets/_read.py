@@ -50,7 +50,7 @@ def svhn(root: Path, half: Half, seed: int) -> Found:
     known = torchvision("datasets").SVHN
     files = {name: (*rest, None) for name, (*rest, _) in known.split_list.items()}
     found = _unverified(known, split_list=files)(root, split=half)
-    return torch.from_numpy(found.data), torch.from_numpy(found.labels)
+    return torch.from_numpy(found.data).contiguous(), torch.from_numpy(found.labels)  # the file has images last
 
 
 def flowers(root: Path, half: Half, seed: int) -> Found:

@@ -20,7 +20,8 @@ def stratified(labels: Tensor, share: Share, *, generator: torch.Generator) -> t
 
     - `labels`: int64 [n].
     """
-    members = [torch.nonzero(labels == c).squeeze(1) for c in range(int(labels.max()) + 1 if len(labels) else 0)]
+    sizes: list[int] = torch.bincount(labels).tolist()
+    members = torch.argsort(labels, stable=True).split(sizes)
     exact = [share * len(member) for member in members]
     counts = [int(number) for number in exact]
     left = int(share * len(labels) + 0.5) - sum(counts)

@@ -11,4 +11,5 @@ from problems.blocks.networks._normalise import Normalise as Normalise
 from problems.blocks.networks._normalise import normalised as normalised
 from problems.blocks.networks._resnet import resnet as resnet
 from problems.blocks.networks._small import SmallCNN as SmallCNN
+from problems.blocks.networks._smooth import SmoothCNN as SmoothCNN
 from problems.blocks.networks._wide_resnet import WideResNet as WideResNet

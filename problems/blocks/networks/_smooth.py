@@ -1,0 +1,37 @@
+"""A small network that can be differentiated twice everywhere."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor, nn
+
+
+@final
+class SmoothCNN(nn.Module):
+    """Three convolutions with GELU between them and a linear layer: images to logits, smooth and without batch statistics.
+
+    So its Hessian is that of a mean over samples, and exists everywhere: what implicit methods ask for. Images
+    [batch, channels, size, size], logits [batch, classes]; the second and third convolution halve the image. With the
+    defaults 7,178 numbers.
+
+    - `width`: channels of the first convolution; the next two have twice and four times as many.
+    - `size`: pixels of each side.
+    """
+
+    def __init__(self, *, width: int = 8, classes: int = 10, channels: int = 1, size: int = 8) -> None:
+        super().__init__()
+        widths = (channels, width, 2 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for number in range(3):
+            stride = 1 if number == 0 else 2
+            layers += [
+                nn.Conv2d(widths[number], widths[number + 1], kernel_size=3, padding=1, stride=stride),
+                nn.GELU(),
+            ]
+        side = (size + 3) // 4
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * side**2, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        return self.layers(images)
