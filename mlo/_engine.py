@@ -383,7 +383,7 @@ def refuse_separable(plan: Plan, upper: str, state: State, batches: Mapping[str,
         if not method.differentiates or method.is_joint or reads_live(plan.levels[name].optimizer, live):
             continue
         try:
-            reached = response.linearise().cross(response.end.variables)
+            reached = response.linearise(chunks=method.divides_into).cross(response.end.variables)
         except (RuntimeError, NotImplementedError):
             continue
         if not reached:

@@ -18,7 +18,7 @@ from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
-from mlo._reduction import current_group, refuse_batch_objective, refuse_nesting
+from mlo._reduction import current_group, reduction_of, refuse_batch_objective, refuse_nesting
 from mlo._state import Metrics, Parts, State
 from mlo.optimizer import initial, options_read
 
@@ -60,7 +60,7 @@ class Graph:
         self.order: tuple[str, ...] = _structure.run_order(declared)
         self.levels: Mapping[str, Level] = {name: by_name[name] for name in self.order}
         found = [Mistake(name, key, what) for name, level in self.levels.items() for key, _, what in unfit(level)]
-        found += objections(self.levels)
+        found += objections(self.levels, compiling=bool(compile))
         found += misread(self.levels)
         if found:
             raise GraphError(found)
@@ -229,14 +229,16 @@ def _undisturbed() -> Generator[None]:
         yield
 
 
-def objections(levels: Mapping[str, Level]) -> list[Mistake]:
-    """Levels whose response is differentiated by a method that cannot be applied to their optimizer, or in their nest."""
+def objections(levels: Mapping[str, Level], *, compiling: bool = False) -> list[Mistake]:
+    """Levels whose response is differentiated by a method that cannot be applied to them, or in their nest."""
     pulled = {lower for level in levels.values() for lower in _structure.differentiated(level, levels)}
     found: list[Mistake] = []
     for name in sorted(pulled):
         optimizer = levels[name].optimizer
         reason = None if optimizer is None else levels[name].hypergradient.objection(optimizer)
         found += [] if reason is None else [Mistake(name, "hypergradient", reason)]
+        if levels[name].hypergradient.divides_into > 1:
+            found += _chunk_objections(name, levels, compiling=compiling)
     for level in levels.values():
         found += _game_objections(level, levels)
     for name in sorted(_structure.nested(levels)):
@@ -246,6 +248,20 @@ def objections(levels: Mapping[str, Level]) -> list[Mistake]:
         elif above.needs_objective is not None:
             found.append(Mistake(name, "hypergradient", f"{above.needs_objective}; take unroll"))
     return found
+
+
+def _chunk_objections(name: str, levels: Mapping[str, Level], *, compiling: bool) -> list[Mistake]:
+    """Why products of level `name` cannot be summed over chunks of its batch, or would save nothing."""
+    reasons: list[str] = []
+    if reduction_of(levels[name].objective) == "batch":
+        reasons.append(
+            "its objective declares `reduction: batch`: it is no mean over samples, and its parts do not add up to it"
+        )
+    if name in _structure.nested(levels):
+        reasons.append("it follows a total gradient, through the responses below it, which is not divided")
+    if compiling:
+        reasons.append("compiled steps keep what chunks would free: leave out `compile`")
+    return [Mistake(name, "hypergradient", f"chunks: {reason}") for reason in reasons]
 
 
 def _game_objections(upper: Level, levels: Mapping[str, Level]) -> list[Mistake]:

@@ -55,8 +55,9 @@ class JointResponse(AbstractResponse):
         """None: the steps of several players are not steps of one."""
         return ()
 
-    def linearise(self) -> JointLinearisation:
-        """See `AbstractResponse`."""
+    def linearise(self, *, chunks: int = 1) -> JointLinearisation:
+        """See `AbstractResponse`. In one piece."""
+        assert chunks == 1, "Equilibrium refuses chunks"
         return JointLinearisation(self._players)
 
 

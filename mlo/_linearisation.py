@@ -10,7 +10,8 @@ import torch
 
 from mlo import _dense, _random, _tree
 from mlo._autodiff import inside_transform, is_recorded, is_traced, linearise, refuse_drawing
-from mlo._objective import options_of
+from mlo._chunks import Chunks
+from mlo._objective import options_of, partials
 from mlo._reduction import reduced_trees
 from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
 from mlo.hypergradient import AbstractLinearisation, AbstractStep
@@ -30,13 +31,20 @@ LOOK_EVERY = 5
 
 @final
 class Linearisation(AbstractLinearisation):
-    """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is.
+    """See `AbstractLinearisation`. The graph of one gradient is kept for as long as this is; with `chunks`, none is.
 
     Of a level in the middle of a nest it is the total gradient that is linearised, and `hessian` is Jᵀv with its Jacobian.
     """
 
     def __init__(
-        self, level: Level, around: Surroundings, at: Position, record: Record, last: AbstractStep | None = None
+        self,
+        level: Level,
+        around: Surroundings,
+        at: Position,
+        record: Record,
+        last: AbstractStep | None = None,
+        *,
+        chunks: int = 1,
     ) -> None:
         self._level, self._around, self._at, self._last = level, around, at, last
         assert level.optimizer is not None
@@ -46,6 +54,15 @@ class Linearisation(AbstractLinearisation):
         self._recorded = is_recorded((at.variables, *around.values.values()))
         buffers = {**around.buffers, level.name: at.buffers}
         around.tally.gradients += 1
+        self._chunks: Chunks | None = None
+        if chunks > 1:
+            assert not self._recorded, "what is divided is not differentiated again"
+            everything = {**around.values, level.name: at.variables}
+            found, _, aftermath = partials(level, around.skeletons, everything, buffers, record, (level.name,))
+            self._gradient = connected(level, found.get(level.name))
+            self._record = record.with_choices(aftermath.choices)
+            self._chunks = Chunks(level, around, at, self._record, chunks, self._gradient)
+            return
 
         def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, dict[str, Any]]:
             values = {**around.values, **moving}
@@ -94,6 +111,8 @@ class Linearisation(AbstractLinearisation):
 
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """See `AbstractLinearisation`."""
+        if self._chunks is not None:
+            return self._chunks.gradient_of_reads(variables)
         return gradient_of_reads(self._level, self._around, variables, self._at, self._record)
 
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:
@@ -194,7 +213,13 @@ class Linearisation(AbstractLinearisation):
 
     def _product(self, direction: Tree, towards: tuple[str, ...]) -> Upstream:
         self._around.tally.products += 1
-        found = self._pull(direction, towards, retain=True)
+        if self._chunks is not None:
+            self._around.tally.gradients += 1
+            found = self._chunks.product(direction, towards)
+            if self._chunks.difference is not None:
+                self.report("chunk_difference", self._chunks.difference)
+        else:
+            found = self._pull(direction, towards, retain=True)
         return reduced_trees(found, self._record.batch, self._level.name)[0]
 
 

@@ -116,11 +116,12 @@ class Response(AbstractResponse):
         """See `AbstractResponse`."""
         return self.kept
 
-    def linearise(self) -> AbstractLinearisation:
+    def linearise(self, *, chunks: int = 1) -> AbstractLinearisation:
         """See `AbstractResponse`."""
         record, buffers = self.rest
         at = Position(self.end.variables, buffers, self.end.optimizer)
-        return Linearisation(self.level, self.around, at, record, self.kept[-1] if self.steps else None)
+        last = self.kept[-1] if self.steps else None
+        return Linearisation(self.level, self.around, at, record, last, chunks=chunks)
 
 
 def respond(level: Level, start: Position, around: Surroundings, records: Sequence[Record], *, steps: int) -> Response:

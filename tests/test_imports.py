@@ -26,6 +26,7 @@ LAYERS = [
     {"mlo._level", "mlo._reading", "mlo._state"},
     {"mlo._flat", "mlo._objective"},
     {"mlo._step"},
+    {"mlo._chunks"},
     {"mlo._linearisation", "mlo._retaken", "mlo._tangent"},
     {"mlo._response"},
     {"mlo._joint"},

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.box
+import torch
 from rich.table import Table as Shown
 
+from mlo._run._peak import peak_memory
 from mlo._run._progress import progress_line
 from mlo._run._record import git_commit, versions
 
@@ -57,6 +59,7 @@ def summarise(
         "versions": versions(),
         "git_commit": git_commit(),
         "processes": processes,
+        "peak_memory": peak_memory(torch.device(spec.device)),
         "seconds": round(seconds, 3),
     }
 

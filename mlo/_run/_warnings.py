@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+CHUNKS = 1e-3
+"""Of `chunk_difference`: in float32 rounding is below it, where gradients of chunks do not cancel to a thousandth."""
+
 FIRST_ORDER = 0.1
 """Of step_size · (terms + 1) · λ_max: below it a series differs from step_size · (terms + 1) · λ by 5 % at most."""
 
@@ -26,6 +29,13 @@ def _found(report: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     size, terms = report.get("step_size"), report.get("terms")
     negative = report.get("negative_curvature", 0) > 0
     diverges = False
+    if (difference := report.get("chunk_difference", 0.0)) > CHUNKS:
+        yield (
+            "chunks",
+            f"the gradient summed over chunks of the batch differs from that of the whole by {difference:.2g} of its size: "
+            "batch statistics (BatchNorm in training mode) and noise drawn inside the objective are those of a chunk; an "
+            "objective without them is no mean over samples, and must not be divided",
+        )
     if largest is not None and size is not None and terms is not None:
         diverges = size * largest > 2
         if diverges:

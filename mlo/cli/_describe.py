@@ -44,18 +44,19 @@ def describe(assembly: Assembly, console: Console) -> None:
     lines += [f"notice: {notice}" for notice in assembly.notices]
     cost = graph.cost(assembly.iterations)
     most = "at most " if _may_stop_early(graph) else ""
+    rebuilt = "at most " if _may_stop_early(graph, divided=True) else ""
     least = "at least " if _is_deep(graph) else ""
-    lines.append(
-        f"cost: {least}{cost.gradients:,} gradients, {most}{cost.products:,} products, {cost.pullbacks:,} pullbacks"
-    )
+    passes = f"{rebuilt or least}{cost.gradients:,} gradients, {most}{cost.products:,} products"
+    lines.append(f"cost: {passes}, {cost.pullbacks:,} pullbacks")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _may_stop_early(graph: Graph) -> bool:
-    """Whether a response is pulled back by a method with a tolerance."""
+def _may_stop_early(graph: Graph, *, divided: bool = False) -> bool:
+    """Whether a response is pulled back by a method with a tolerance; and `divided` takes a gradient for each product."""
     pulled = {lower for level in graph.levels.values() for lower in _structure.differentiated(level, graph.levels)}
-    return any(graph.levels[name].hypergradient.may_stop for name in pulled)
+    methods = [graph.levels[name].hypergradient for name in pulled]
+    return any(method.may_stop and (method.divides_into > 1 or not divided) for method in methods)
 
 
 def _is_deep(graph: Graph) -> bool:

@@ -110,6 +110,11 @@ class AbstractHypergradient(ABC):
         """Whether levels that play against each other are pulled back together."""
         return False
 
+    @property
+    def divides_into(self) -> int:
+        """In how many chunks of the batch it takes its products; 1 for the batch as a whole."""
+        return 1
+
     def nesting(self, steps: int, size: int) -> Nesting:
         """What matters where this pullback, of `steps` steps of a level with `size` numbers, is part of a nest."""
         return Nesting()
@@ -166,8 +171,12 @@ class AbstractResponse(ABC):
         """
 
     @abstractmethod
-    def linearise(self) -> AbstractLinearisation:
-        """The gradient of what the optimizer minimises, linearised at the response. One gradient."""
+    def linearise(self, *, chunks: int = 1) -> AbstractLinearisation:
+        """The gradient of what the optimizer minimises, linearised at the response. One gradient.
+
+        With `chunks` its products are summed over so many parts of the batch, and cost one gradient more each: none of the
+        graph is kept. For objectives that are means over samples.
+        """
 
 
 class AbstractStep(ABC):

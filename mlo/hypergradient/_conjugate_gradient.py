@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from math import inf, isfinite, isnan, nan
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
-from mlo.hypergradient._iterative import check_settings, default_tolerance, is_wide
+from mlo.hypergradient._iterative import check_chunks, check_settings, default_tolerance, is_wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,15 +41,20 @@ class ConjugateGradient(AbstractInverse):
     - `tolerance`: stop at this relative residual; default 1e-12 in float64, 1e-6 in float32. 0 goes on to 1e-30, or 1e-14.
     - `damping`: δ ≥ 0, in units of curvature.
     - `warm_start`: true or false.
+    - `chunks`: in how many parts of the batch products are taken; see `Implicit`.
+    - `compare`: `first_order` reports the cosine with what `first_order` pulls back, for one more cross product.
     """
 
     iterations: int
     tolerance: float | None = None
     damping: float = 0.0
     warm_start: bool = False
+    chunks: int = 1
+    compare: Literal["first_order"] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.iterations, self.tolerance, self.damping)
+        check_chunks(self.chunks)
 
     @property
     def may_stop(self) -> bool:

@@ -36,7 +36,7 @@ class Equilibrium(AbstractHypergradient):
     - `inverse`: `GMRES` or `Exact`; `Neumann` where I − αJ contracts.
     - `cross`: `ExactCross` or `CentralDifference`.
 
-    Raises ValueError for an inverse that needs a symmetric matrix.
+    Raises ValueError for an inverse that needs a symmetric matrix, a step, or chunks.
     """
 
     inverse: AbstractInverse = field(default_factory=_gmres)
@@ -45,6 +45,8 @@ class Equilibrium(AbstractHypergradient):
     def __post_init__(self) -> None:
         if self.inverse.needs_step:
             raise ValueError("the steps of several players are not one step: take GMRES")
+        if self.inverse.chunks > 1:
+            raise ValueError("the products of several players are not divided into chunks: leave out chunks")
         if self.inverse.needs_symmetry:
             kind = type(self.inverse).__name__
             raise ValueError(f"{kind} needs a symmetric matrix, and the Jacobian of a game has none: take GMRES")

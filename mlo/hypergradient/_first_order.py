@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_chunks
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -22,13 +23,16 @@ class FirstOrder(AbstractInverse):
     scale = 1/H. To drop the indirect part altogether, leave the level out of `subject_to`.
 
     - `scale`: in units of 1/curvature.
+    - `chunks`: in how many parts of the batch products are taken; see `Implicit`.
     """
 
     scale: float = 1.0
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
+        check_chunks(self.chunks)
 
     def products(self, size: int) -> int:
         """None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from mlo import _tree
 from mlo.hypergradient._abstract import (
@@ -20,6 +20,8 @@ from mlo.hypergradient._cross import ExactCross
 from mlo.optimizer import is_decoupled
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlo._types import Tree, Upstream
     from mlo.optimizer import AbstractOptimizer
 
@@ -30,6 +32,12 @@ class AbstractInverse(AbstractHypergradient):
     By itself it is a hypergradient method: `Implicit` with the exact cross product. `solve` needs not be differentiable, and
     may be called with any cotangent: what it remembers and reports is all that it leaves.
     """
+
+    chunks: int = 1
+    """In how many chunks of the batch products are taken."""
+
+    compare: Literal["first_order"] | None = None
+    """Another method whose pullback is compared with this one's."""
 
     needs_step: ClassVar[bool] = False
     """Whether it uses the step that led to the response, and without one contributes nothing."""
@@ -50,6 +58,11 @@ class AbstractInverse(AbstractHypergradient):
     def is_symmetric(self, size: int) -> bool:
         """Whether the approximate inverse of a symmetric matrix is a symmetric matrix itself."""
         return True
+
+    @property
+    def divides_into(self) -> int:
+        """See `AbstractHypergradient`."""
+        return self.chunks
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """See `Implicit`."""
@@ -83,6 +96,16 @@ class Implicit(AbstractHypergradient):
     a response that has not been reached. Costs one gradient, the products of the inverse and those of the cross product.
     An optimizer whose decay is decoupled (AdamW) does not minimise f, and is refused.
 
+    Where the inverse has `chunks`, the batch is divided into as many, f = Σ (n_c/n) f_c, and products are summed over them,
+    as are the gradients of a central difference. The graph of a chunk is built for each product, used and freed: one
+    gradient more a product, and memory for one chunk and a few copies of the variables. Exact for objectives that are means
+    over samples; with batch statistics each chunk has its own, and noise drawn inside the objective is drawn for each. It
+    reports `chunk_difference`, ‖Σ (n_c/n) ∇f_c − ∇f‖ / Σ (n_c/n) ‖∇f_c‖: rounding where the sum is exact. Refused for
+    objectives that declare that they are no such mean, in a nest, and in compiled steps.
+
+    With `compare` it reports `first_order_cosine`, that of the angle to the cross product with λ itself, over all levels
+    that are read; 0 where one of the two is zero. Costs one more cross product.
+
     - `inverse`: `Neumann`, `ConjugateGradient`, `GMRES`, `Nystrom`, `Exact`, `Preconditioned` or `FirstOrder`.
     - `cross`: `ExactCross` or `CentralDifference`.
     """
@@ -95,6 +118,11 @@ class Implicit(AbstractHypergradient):
         """See `AbstractHypergradient`."""
         return self.inverse.may_stop
 
+    @property
+    def divides_into(self) -> int:
+        """See `AbstractHypergradient`."""
+        return self.inverse.chunks
+
     def tape(self, steps: int, size: int) -> Tape:
         """The last step, unrecorded: the response is taken as a solution, however it was reached."""
         return Tape(recorded=0, kept=1)
@@ -103,15 +131,18 @@ class Implicit(AbstractHypergradient):
         """One gradient to linearise, then products."""
         if self.inverse.needs_step and not steps:
             return Cost(gradients=0, products=0)
-        crossing = self.cross.cost
-        return Cost(gradients=1 + crossing.gradients, products=self.inverse.products(size) + crossing.products)
+        crossings = 1 if self.inverse.compare is None else 2
+        products = self.inverse.products(size) + crossings * self.cross.cost.products
+        rebuilt = products if self.divides_into > 1 else 0
+        return Cost(gradients=1 + crossings * self.cross.cost.gradients + rebuilt, products=products)
 
     def nesting(self, steps: int, size: int) -> Nesting:
         """The derivative of the inverse is the same inverse and one product, that of the response this once more."""
         own = self.cost(steps, size)
         return Nesting(
+            refused=None if self.divides_into == 1 else "products over chunks are not differentiated again",
             compares=self.cross.compares,
-            plain=self.cross.cost.gradients,
+            plain=self.cross.cost.gradients * (1 if self.inverse.compare is None else 2),
             symmetric=self.inverse.is_symmetric(size),
             needs_symmetry=self.inverse.needs_symmetry,
             again=Cost(own.gradients + 2, own.products + self.inverse.products(size) + 2),
@@ -128,6 +159,20 @@ class Implicit(AbstractHypergradient):
         """See the class."""
         if self.inverse.needs_step and not response.steps:
             return {}
-        at = response.linearise()
+        at = response.linearise(chunks=self.divides_into)
         found = self.cross.product(at, at.inverse(self.inverse.solve, cotangent))
+        if self.inverse.compare is not None:
+            at.report("first_order_cosine", _cosine(found, self.cross.product(at, cotangent)))
         return {name: _tree.scale(tree, by=-1.0) for name, tree in found.items()}
+
+
+def _cosine(one: Upstream, other: Upstream) -> Tensor:
+    """⟨one, other⟩/(‖one‖ ‖other‖) over all trees together; each is first made of length 1, so that nothing underflows."""
+    first, second = (_normalised([leaf for name in one for leaf in _tree.leaves(each[name])]) for each in (one, other))
+    return _tree.inner(first, second).clamp(-1, 1)
+
+
+def _normalised(tensors: list[Tensor]) -> Tree:
+    tree = {str(place): tensor for place, tensor in enumerate(tensors)}
+    length = _tree.norm(tree)
+    return _tree.scale(tree, by=1 / (length + (length == 0)))

@@ -1,4 +1,4 @@
-"""What solvers that iterate to a tolerance share: which settings mean something, and when they stop unless told."""
+"""What inverses share: which settings mean something, and when those that iterate stop unless told."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def check_settings(iterations: int, tolerance: float | None, damping: float) -> 
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if not damping >= 0:
         raise ValueError(f"damping must be at least 0, got {damping}")
+
+
+def check_chunks(chunks: int) -> None:
+    """Raise ValueError for a number of chunks that means nothing."""
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
 
 
 def is_wide(cotangent: Tree) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, final
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ class Neumann(AbstractInverse):
     `step_size` and `terms`, α and K as they were used; and from the first and the last product of the series and the last
     power iteration, Ht each, `lambda_max`, the largest ‖Ht‖/‖t‖, `lambda_min`, the least tᵀHt/tᵀt, and `negative_curvature`,
     1 where that is below 0. They lie within the spectrum; `lambda_max` is close to its end with "auto" and where the series
-    diverges. No product is made for them: with K = 0 and a given α they are absent.
+    diverges. No product is made for them: with K = 0 and a given α they are absent, but for `measure_curvature`.
 
     - `terms`: K, the number of terms after the identity, so K + 1 in all. K = 0 is `FirstOrder(scale=step_size)`.
     - `step_size`: α, in units of 1/curvature, or auto.
@@ -51,6 +52,9 @@ class Neumann(AbstractInverse):
     - `tolerance`: stop where the residual is at most this; by default all terms are summed. With one, the pullback is linear
       in λ only as far as that, and the predicted products are an upper bound, as they are with auto.
     - `power_iterations`: how many the first estimate of λ_max takes.
+    - `measure_curvature`: make them with a given α too, for `lambda_max` alone, and as many products more.
+    - `chunks`: in how many parts of the batch products are taken; see `Implicit`.
+    - `compare`: `first_order` reports the cosine with what `first_order` pulls back, for one more cross product.
     """
 
     terms: int
@@ -58,6 +62,9 @@ class Neumann(AbstractInverse):
     damping: float = 0.0
     tolerance: float | None = None
     power_iterations: int = 8
+    measure_curvature: bool = False
+    chunks: int = 1
+    compare: Literal["first_order"] | None = None
 
     def __post_init__(self) -> None:
         if self.terms < 0:
@@ -73,15 +80,16 @@ class Neumann(AbstractInverse):
             raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
         if self.power_iterations < 1:
             raise ValueError(f"power_iterations must be at least 1, got {self.power_iterations}")
+        check_chunks(self.chunks)
 
     @property
     def may_stop(self) -> bool:
         """See `AbstractHypergradient`."""
-        return self.tolerance is not None or self.step_size == "auto"
+        return self.tolerance is not None or self._looks_for_curvature
 
     def products(self, size: int) -> int:
-        """K, and the power iterations of a first estimate: an upper bound with "auto" or a tolerance."""
-        return self.terms + (self.power_iterations if self.step_size == "auto" else 0)
+        """K, and the power iterations of a first estimate, fewer later: an upper bound, as it is with a tolerance."""
+        return self.terms + (self.power_iterations if self._looks_for_curvature else 0)
 
     def solve(self, at: AbstractLinearisation, cotangent: Tree) -> Tree:
         """See the class. Stopping is a mask, so that it works under `vmap`; where it can be looked at, work stops too."""
@@ -118,8 +126,8 @@ class Neumann(AbstractInverse):
         return _tree.scale(series, by=rate)
 
     def _rate(self, at: AbstractLinearisation, length: Tensor, looks: list[_Look]) -> float | Tensor:
-        """α; where it is to be found, by power iterations, the last of which is added to `looks`."""
-        if not isinstance(self.step_size, str):
+        """α, and where λ_max is looked for, the last power iteration added to `looks`."""
+        if not self._looks_for_curvature:
             return float(self.step_size)
         direction = at.recall(_DIRECTION)
         count = 1 if direction is not None else self.power_iterations
@@ -134,7 +142,13 @@ class Neumann(AbstractInverse):
         assert look is not None
         looks.append(look)
         at.remember(_DIRECTION, direction)
+        if not isinstance(self.step_size, str):
+            return float(self.step_size)
         return (SAFETY / look.size).where(length != 0, 0.0)  # λ = 0 gives 0, where H is zero too
+
+    @property
+    def _looks_for_curvature(self) -> bool:
+        return self.measure_curvature or self.step_size == "auto"
 
     def _image(self, at: AbstractLinearisation, direction: Tree) -> Tree:
         image = at.hessian(direction)

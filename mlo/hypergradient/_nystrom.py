@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_chunks
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -34,16 +35,21 @@ class Nystrom(AbstractInverse):
 
     - `rank`: r, how many random directions.
     - `damping`: δ > 0, in units of curvature.
+    - `chunks`: in how many parts of the batch products are taken; see `Implicit`.
+    - `compare`: `first_order` reports the cosine with what `first_order` pulls back, for one more cross product.
     """
 
     rank: int
     damping: float
+    chunks: int = 1
+    compare: Literal["first_order"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not self.damping > 0:
             raise ValueError(f"damping must be positive, got {self.damping}")
+        check_chunks(self.chunks)
 
     def products(self, size: int) -> int:
         """One a direction, and no more directions than variables."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 from mlo import _tree
 from mlo.hypergradient._abstract import AbstractLinearisation
 from mlo.hypergradient._implicit import AbstractInverse
+from mlo.hypergradient._iterative import check_chunks
 
 if TYPE_CHECKING:
     from mlo._types import Tree
@@ -29,15 +30,20 @@ class Preconditioned(AbstractInverse):
     must have some.
 
     - `scale`: a factor; 1 is one step of the optimizer.
+    - `chunks`: in how many parts of the batch products are taken; see `Implicit`.
+    - `compare`: `first_order` reports the cosine with what `first_order` pulls back, for one more cross product.
     """
 
     needs_step = True
 
     scale: float = 1.0
+    chunks: int = 1
+    compare: Literal["first_order"] | None = None
 
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
+        check_chunks(self.chunks)
 
     def products(self, size: int) -> int:
         """None."""

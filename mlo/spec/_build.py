@@ -81,7 +81,9 @@ def assemble(spec: Spec) -> Assembly:
     faults += _evaluation_faults(spec, problem)
     if not faults:
         declared = [level for level in levels if level is not None]
-        mistakes = _structure.mistakes(declared) or objections({level.name: level for level in declared})
+        mistakes = _structure.mistakes(declared) or objections(
+            {level.name: level for level in declared}, compiling=bool(spec.compile)
+        )
         faults += [Fault(("levels", mistake.level, mistake.key), mistake.message) for mistake in mistakes]
         for name, path, message in misfits({level.name: level for level in declared}):
             chosen = spec.levels[name].optimizer

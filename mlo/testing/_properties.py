@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
@@ -301,6 +301,38 @@ def divided(case: Case) -> None:
         )
 
 
+def in_chunks(case: Case) -> None:
+    """A method with the setting `chunks` has the hypergradient of the whole batch for 3 chunks of 8 samples.
+
+    Nothing for methods without.
+    """
+    seed, batches = case.problem.seed, samples(case.problem.seed, slice(None))
+    on = f"{SAMPLED}; {counted(case.steps)} of {case.optimizer}, seed {seed}"
+    found: list[Tensor] = []
+    for count in (1, 3):
+        method = _with_chunks(case.method, count)
+        if method is None:
+            return
+        graph = Graph(sampled(method, case.rule(), case.steps, seed))
+        each = graph.hypergradient(UPPER, graph.init(), batches)
+        assert isinstance(each, torch.Tensor)
+        found.append(each)
+    right, divided = found
+    error = ((divided - right).norm() / (right.norm() + FLOOR)).item()
+    if not error <= ROUNDING:
+        raise Violation(f"3 chunks of the batch differ from the whole by {error:.1e}", right, divided, on)
+
+
+def _with_chunks(method: Any, count: int) -> AbstractHypergradient | None:
+    """`method` with `chunks`, its own setting or that of its inverse; None where it has none."""
+    names = [each.name for each in fields(method)] if is_dataclass(method) else []
+    value: Any = method
+    if "chunks" in names:
+        return replace(value, chunks=count)
+    inverse = _with_chunks(value.inverse, count) if "inverse" in names and not value.is_joint else None
+    return None if inverse is None else replace(value, inverse=inverse)
+
+
 def unused(case: Case) -> None:
     """Tensors that no objective reads, on every level, have a zero hypergradient and change no other."""
     layouts = {name: with_unused(layout) for name, layout in case.problem.layouts.items()}
@@ -397,6 +429,7 @@ PROPERTIES: Mapping[str, Callable[[Case], None]] = MappingProxyType(
         "float32": float32,
         "vmap": batched,
         "two processes": divided,
+        "chunks": in_chunks,
         "closed form": closed_form,
         "unused": unused,
         "response": response,

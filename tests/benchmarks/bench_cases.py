@@ -1,8 +1,9 @@
-"""The cases (A) to (E) of `docs/benchmarks.md`. `make bench` names this file; nothing else collects it."""
+"""The cases (A) to (F) of `docs/benchmarks.md`. `make bench` names this file; nothing else collects it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,3 +126,44 @@ def case_e(table, steps):
     tolerance = {5: 1e-4, 20: 1e-2, 100: 1e-1}[steps]
     hand, own = sides(problems.resnet(), Unroll(replay=False), by_hand.unroll, steps, steps, tolerance=tolerance)
     table.append(row(f"E, k = {steps}", times(hand, own, pairs=3 if steps == 100 else 5, seconds=20), 1.05))
+
+
+PAPER = Neumann(terms=5, step_size=1e-3)
+
+
+def case_f(table):
+    """Beside plain training with the same augmentation, in place of what is written by hand."""
+    problem = problems.madao()
+    plain = problem.graph(None)
+
+    def iterations(graph: Any, count: int = 60) -> Any:
+        state = graph.init()
+        for number in range(count):
+            state, _ = graph.step(state, problem.batches[number % 20])
+        return state
+
+    trained, (batch, another) = iterations(plain, 59), problem.batches[18:]
+    before = {name: getattr(trained, name) for name in ("values", "buffers", "iteration")}
+    least = peak(lambda: plain.step(trained, batch))
+    found = dict[int, torch.Tensor]()
+    for chunks in (1, 2, 4, 8):
+        graph = problem.graph(replace(PAPER, chunks=chunks))
+        case = "F, whole products" if chunks == 1 else f"F, {chunks} chunks"
+        if chunks in (1, 4):
+            measured = times(lambda: iterations(plain), lambda graph=graph: iterations(graph), seconds=0, pairs=3)
+            table.append(row(f"{case}, 60 iterations", measured, 1.5))
+        at = replace(graph.init(), **before)
+        most = peak(lambda graph=graph, at=at: graph.step(at, batch))
+        table.append(Row(case, least, most, most / least, None, None if chunks == 1 else 1.94, "MiB"))
+        found[chunks] = indirect(graph, at, batch)
+        other, beside = found[chunks], f"{case} beside whole products"
+        if chunks == 1:
+            other, beside = indirect(graph, at, another), f"{case} of another batch beside this one's"
+        error = ((other - found[1]).norm() / found[1].norm()).item()
+        cosine = torch.cosine_similarity(other, found[1], dim=0).item()
+        table.append(Row(beside, None, error, cosine, None, None, "relative error, cosine"))
+
+
+def indirect(graph: Any, state: Any, batches: Any) -> torch.Tensor:
+    """What reaches the policy through the classifier, in one vector."""
+    return torch.cat([tensor.flatten() for tensor in graph.parts("policy", state, batches).indirect.values()])

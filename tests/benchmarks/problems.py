@@ -14,6 +14,8 @@ from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 import mlo
+from problems.blocks.augmentation import Policy, draws_for
+from problems.blocks.networks import WideResNet, normalised
 
 RATE, DECAY, UPPER_RATE = 0.05, 0.9, 1e-3
 
@@ -201,6 +203,55 @@ RESNET = [
     "5.bias",
 ]  # fmt: skip
 """The tensors of the network by name, as `network_by_hand` unpacks them."""
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """WideResNet 28-2 under a policy of augmentation, as MADAO trains it, on 32 digits as coloured 32 × 32 images."""
+
+    network: nn.Module
+    policy: nn.Module
+    batches: list[dict[str, Any]]
+
+    def graph(self, method: Any) -> mlo.Graph:
+        """The policy moves every 60 iterations; without a method it stays as it is, and augments all the same."""
+
+        def augmented(values: Any, batch: Any) -> Tensor:
+            return cross_entropy(values["classifier"](values["policy"](batch["x"], batch["draws"])), batch["y"])
+
+        def plain(values: Any, batch: Any) -> Tensor:
+            return cross_entropy(values["classifier"](batch["x"]), batch["y"])
+
+        sgd = mlo.optimizer.SGD(learning_rate=RATE, momentum=DECAY, nesterov=True, weight_decay=5e-4)
+        lower: dict[str, Any] = {
+            "objective": augmented,
+            "variables": self.network,
+            "given": ("policy",),
+            "optimizer": sgd,
+        }
+        if method is None:
+            return mlo.Graph([mlo.Level("classifier", **lower), mlo.Level("policy", variables=self.policy)])
+        classifier = mlo.Level("classifier", hypergradient=method, **lower)
+        policy = mlo.Level("policy", objective=plain, variables=self.policy, subject_to=("classifier",), every=60,
+                           optimizer=mlo.optimizer.RMSprop(learning_rate=1e-2))  # fmt: skip
+        return mlo.Graph([classifier, policy])
+
+
+def madao() -> Augmented:
+    torch.manual_seed(0)
+    network = normalised(WideResNet(depth=28, width=2), mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5))
+
+    def images(rows: slice) -> dict[str, Tensor]:
+        x, y = digits(rows)
+        grey = functional.interpolate(x.view(-1, 1, 8, 8), size=32, mode="bilinear")
+        return {"x": grey * torch.rand(len(x), 3, 1, 1), "y": y}
+
+    def batches(number: int) -> dict[str, Any]:
+        draws = draws_for(32, stages=2, generator=torch.Generator().manual_seed(number))
+        train, validation = (images(slice(begin, begin + 32)) for begin in (64 * number, 64 * number + 32))
+        return {"classifier": {**train, "draws": draws}, "policy": validation}
+
+    return Augmented(network, Policy(stages=2), [batches(number) for number in range(20)])
 
 
 def ladder(depth: int) -> tuple[mlo.Graph, Callable[[], Tensor]]:

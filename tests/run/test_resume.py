@@ -28,7 +28,7 @@ def penalty(*overrides: str) -> mlo.Spec:
 
 def numbers(run: mlo.Run) -> tuple:
     lines = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in run.metrics]
-    summary = {key: value for key, value in run.summary.items() if key not in ("seconds", "git_commit")}
+    summary = {key: value for key, value in run.summary.items() if key not in ("seconds", "peak_memory", "git_commit")}
     tensors = {path.name: path.read_bytes() for path in (run.folder / "checkpoint").glob("*.safetensors")}
     return lines, summary, tensors
 

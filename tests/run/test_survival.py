@@ -46,7 +46,11 @@ def numbers(folder: Path) -> tuple:
     """All that must agree: metrics and summary without clocks, and the checkpoints' tensors as they lie on the disk."""
     run = Run(folder)
     lines = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in run.metrics]
-    summary = {key: value for key, value in run.summary.items() if key not in ("seconds", "starts", "git_commit")}
+    summary = {
+        key: value
+        for key, value in run.summary.items()
+        if key not in ("seconds", "peak_memory", "starts", "git_commit")
+    }
     tensors = {path.name: path.read_bytes() for path in (folder / "checkpoint").glob("*.safetensors")}
     return lines, summary, tensors
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import flat
 
-from mlo import _linearisation, _step, _tree
+from mlo import _chunks, _linearisation, _step, _tree
 from mlo._reduction import reduced
 from mlo.hypergradient import (
     AbstractHypergradient,
@@ -22,6 +22,7 @@ from mlo.hypergradient import (
     Exact,
     FiniteDifference,
     FirstOrder,
+    Implicit,
     Neumann,
     Tape,
     Unroll,
@@ -358,6 +359,23 @@ def test_an_unreduced_product_is_caught(monkeypatch, method):
     monkeypatch.setattr(place, "reduced_trees", lambda trees, *_: (trees, []))
     claimed = {"two processes"}
     with pytest.raises(AssertionError, match=r"fails 'two processes': two processes have different hypergradients"):
+        check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
+    monkeypatch.undo()
+    check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
+
+
+@pytest.mark.parametrize("method", [Neumann(terms=3, step_size=0.5), Implicit(inverse=FirstOrder())])
+def test_chunks_that_all_weigh_the_same_are_caught(monkeypatch, method):
+    """Planted in the engine: of 8 samples 3, 3 and 2."""
+    divided = _chunks.divided
+
+    def evenly(*args):
+        found = divided(*args)
+        return [(batch, choices, 1 / len(found)) for batch, choices, _ in found]
+
+    monkeypatch.setattr(_chunks, "divided", evenly)
+    claimed = {"chunks"}
+    with pytest.raises(AssertionError, match=r"fails 'chunks': 3 chunks of the batch differ from the whole by"):
         check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
     monkeypatch.undo()
     check_method(method, answer="exact", examples=3, without=set(PROPERTIES) - claimed)
