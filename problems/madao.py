@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlo
-from problems.blocks import networks
 from problems.blocks.augmentation import OPERATIONS, Policy, draws_for
 from problems.blocks.image_sets import ImageSets, image_sets, in_order, stream
+from problems.blocks.networks import networks_for
+from problems.blocks.pictures import tiles
 from problems.blocks.scores import classification_scores
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -101,29 +102,6 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         },
         evaluate=_evaluation(found, settings, context),
     )
-
-
-def networks_for(found: ImageSets, *, outputs: int) -> dict[str, Callable[..., nn.Module]]:
-    """The networks that a level can be, by name: images of this set, in [0, 1], to so many `outputs`."""
-    channels = found.channels
-    behind = partial(networks.normalised, mean=found.mean, deviation=found.deviation)
-
-    def smooth_cnn(*, width: int = 8) -> nn.Module:
-        return behind(networks.SmoothCNN(width=width, size=found.size, classes=outputs, channels=channels))
-
-    def small_cnn(*, width: int = 16) -> nn.Module:
-        return behind(networks.SmallCNN(width=width, classes=outputs, channels=channels))
-
-    def wide_resnet(*, depth: int = 28, width: int = 2) -> nn.Module:
-        return behind(networks.WideResNet(depth=depth, width=width, classes=outputs, channels=channels))
-
-    def densenet(*, depth: int = 40, growth: int = 12) -> nn.Module:
-        return behind(networks.DenseNet(depth=depth, growth=growth, classes=outputs, channels=channels))
-
-    def resnet(*, depth: Literal[18, 34, 50] = 18, weights: str | None = None) -> nn.Module:
-        return behind(networks.resnet(depth=depth, weights=weights, classes=outputs, channels=channels))
-
-    return {make.__name__: make for make in (smooth_cnn, small_cnn, wide_resnet, densenet, resnet)}
 
 
 def policy_of(drawn: int) -> Callable[..., Policy]:
@@ -339,15 +317,3 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         )
 
     return evaluate
-
-
-def tiles(images: Tensor) -> Tensor:
-    """Images in [0, 1], [rows, columns, 1 or 3, h, w], as one picture with grey lines between them: uint8."""
-    rows, columns, channels, height, width = images.shape
-    grid = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 128, dtype=torch.uint8)
-    shades = (images.detach() * 255).round().clamp(0, 255).to(device="cpu", dtype=torch.uint8)
-    for row in range(rows):
-        for column in range(columns):
-            top, left = 1 + row * (height + 1), 1 + column * (width + 1)
-            grid[top : top + height, left : left + width] = shades[row, column].permute(1, 2, 0)
-    return grid[..., 0] if channels == 1 else grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mlo
@@ -15,7 +15,7 @@ from problems.blocks.networks import Classifier
 
 
 @torch.enable_grad()
-def recogniser(*, seed: int = 0, iterations: int = 1000, batch: int = 64, learning_rate: float = 0.05) -> nn.Module:
+def recogniser(*, seed: int = 0, iterations: int = 1000, batch: int = 64, learning_rate: float = 0.05) -> Classifier:
     """A classifier of all 1,797 digits, in evaluation mode, with its parameters frozen: the judge of generated ones.
 
     SGD with momentum 0.9 and a learning rate that falls linearly to zero, on mildly jittered images, so that it judges

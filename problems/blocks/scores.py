@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mlo
 from problems.blocks.digits import CLASSES, all_digits
+from problems.blocks.networks import Classifier
 from problems.blocks.quality import mean_pairwise_distance, recognised_share, recogniser, sample_grid
 from problems.blocks.torchvision_door import torchvision
 
@@ -22,7 +23,7 @@ SAMPLES = 100
 
 
 @functools.cache
-def _judge() -> nn.Module:
+def digits_judge() -> Classifier:
     """The recogniser, trained once a process: it takes 3 s, and has no random numbers but its own."""
     return recogniser()
 
@@ -97,7 +98,7 @@ def generation_scores(generator: Callable[..., Tensor], *, latent: int, complete
     everything = all_digits()
     labels = torch.arange(CLASSES).repeat_interleave(SAMPLES)
     images = generator(torch.randn(len(labels), latent), labels, training=False).float()
-    shares = 100 * recognised_share(_judge(), images, labels)
+    shares = 100 * recognised_share(digits_judge(), images, labels)
     distances = mean_pairwise_distance(images, labels)
     real = mean_pairwise_distance(everything.images, everything.labels)
     metrics = {"recognised": shares.min().item(), "variety": (distances / real).min().item()}

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from problems.blocks.torchvision_door import torchvision
 
-Depth: TypeAlias = Literal[18, 34, 50]
+Depth: TypeAlias = Literal[18, 34, 50, 101]
 LAST = ("fc.weight", "fc.bias")
 
 
 def resnet(*, depth: Depth = 18, weights: str | None = None, classes: int = 1000, channels: int = 3) -> nn.Module:
     """ResNet-`depth`: images [batch, channels, height, width], normalised, to logits [batch, classes].
 
-    Parameters with 1000 classes and 3 channels, in millions: 11.7 (18), 21.8 (34), 25.6 (50).
+    Parameters with 1000 classes and 3 channels, in millions: 11.7 (18), 21.8 (34), 25.6 (50), 44.5 (101).
 
     - `weights`: a file of its parameters and buffers by torchvision's names, `torch.save`d or in safetensors. Where the last
       layer has another number of classes it is left out and starts fresh. Nothing is ever downloaded.
