@@ -18,7 +18,7 @@ from mlo.spec._yaml import Dumper
 if TYPE_CHECKING:
     from mlo.spec._models import Spec
 
-_NOT_NUMBERS = ("name", "checkpoint", "start")
+_NOT_NUMBERS = ("name", "checkpoint", "inherits", "start")
 
 
 def to_yaml(spec: Spec) -> str:

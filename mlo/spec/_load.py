@@ -167,11 +167,23 @@ def _started(upper: Table, found: Found, changes: Table, reading: _Reading) -> t
     except Broken as broken:
         return None, [broken.line]
     shared = {key: upper.entries.get(key, Entry(upper.place, Leaf(upper.place, default))) for key, default in _SHARED}
-    if _problem(tree) == _problem(upper) and "data" in upper.entries:
+    given = upper.get("data")
+    if given is not None and _problem(tree) == _problem(upper):
         shared["data"] = upper.entries["data"]
+    elif isinstance(given, Table) and (passed := _inherited(tree, given)).entries:
+        shared["data"] = Entry(upper.entries["data"].key, passed)
     tree = merged(merged(tree, Table(tree.place, shared)), changes)
     spec, more = _resolve(tree, reading)
     return spec, [*lines, *more]
+
+
+def _inherited(tree: Table, given: Table) -> Table:
+    """Of the settings `given`, those that the graph in `tree` takes over under another problem."""
+    written = tree.get("inherits")
+    names: object = None if written is None else plain(written)
+    listed = cast("list[object]", names) if isinstance(names, list) else [names]
+    wanted = {fold(name) for name in listed if isinstance(name, str)}
+    return Table(given.place, {key: entry for key, entry in given.entries.items() if fold(key) in wanted})
 
 
 def _problem(tree: Table) -> str:

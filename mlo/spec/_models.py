@@ -97,6 +97,8 @@ class Spec(BaseModel):
     - `data`: settings of the problem, which validates them.
     - `seed`: of every stream, start value and split.
     - `iterations`: how long it runs.
+    - `inherits`: settings under `data` that this graph takes over from one of another problem that starts from it. From a
+      graph of the same problem it takes all.
     - `start`: where levels take their initial values from: the level of the same name in another graph, run first.
     - `levels`: the levels by name; the order in which they are listed changes nothing.
     - `evaluation`: when and on what the model is judged.
@@ -117,6 +119,9 @@ class Spec(BaseModel):
     seed: Annotated[int, Field(ge=0), Form("a whole number of at least 0")] = 0
     iterations: Duration
     data: Annotated[Mapping[str, Any], AfterValidator(freeze), Form("a mapping of settings")] = Frozen[Any]()
+    inherits: Annotated[
+        tuple[str, ...], BeforeValidator(listed), Also(str), Form("a setting or a list of settings")
+    ] = ()
     start: Annotated[
         Mapping[str, Annotated[Start, BeforeValidator(_start), Also(str), Form(_A_START)]],
         AfterValidator(_frozen),

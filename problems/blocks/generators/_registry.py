@@ -1,0 +1,82 @@
+"""Generators and discriminators by the names that graphs use, for images of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from problems.blocks.generators._biggan import BigGANGenerator, ProjectionDiscriminator
+from problems.blocks.generators._convolutional import (
+    AuxiliaryDiscriminator,
+    ConvolutionalDiscriminator,
+    ConvolutionalGenerator,
+)
+from problems.blocks.generators._ddim import Schedule
+from problems.blocks.generators._diffusion import Diffusion
+from problems.blocks.image_sets import ImageSets
+
+LATENT = 64
+"""The size of z where nothing else is said: that of a diffusion model of digits, so that families can be exchanged."""
+
+
+def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Callable[..., nn.Module]]:
+    """The generators that a level can be, by name: images like this set's, in [0, 1], for its classes.
+
+    - `latent`: the size of z unless an option says otherwise.
+    """
+    classes, channels, size, drawn = found.classes, found.channels, found.size, latent
+
+    def gan(*, latent: int = drawn, width: int = 16, embedding: int = 16) -> nn.Module:
+        return ConvolutionalGenerator(
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+        )
+
+    def unconditional_gan(*, latent: int = drawn, width: int = 16) -> nn.Module:
+        return ConvolutionalGenerator(latent=latent, width=width, labels=None, channels=channels, size=size)
+
+    def biggan(*, latent: int = drawn, width: int = 16, embedding: int = 32) -> nn.Module:
+        return BigGANGenerator(
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+        )
+
+    def diffusion(
+        *,
+        latent: int = drawn,
+        width: int = 16,
+        steps: int = 10,
+        schedule: Schedule = "cosine",
+        conditional: bool = True,
+    ) -> nn.Module:
+        labels = classes if conditional else None
+        return Diffusion(
+            latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=size
+        )
+
+    return {
+        "gan": gan,
+        "acgan": gan,
+        "biggan": biggan,
+        "unconditional_gan": unconditional_gan,
+        "diffusion": diffusion,
+    }
+
+
+def discriminators_for(found: ImageSets) -> dict[str, Callable[..., nn.Module]]:
+    """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none."""
+    classes, channels, size = found.classes, found.channels, found.size
+
+    def gan_discriminator(*, width: int = 16) -> nn.Module:
+        return ConvolutionalDiscriminator(width=width, labels=classes, channels=channels, size=size)
+
+    def acgan_discriminator(*, width: int = 16) -> nn.Module:
+        return AuxiliaryDiscriminator(width=width, labels=classes, channels=channels, size=size)
+
+    def biggan_discriminator(*, width: int = 16) -> nn.Module:
+        return ProjectionDiscriminator(width=width, labels=classes, channels=channels, size=size)
+
+    def unconditional_gan_discriminator(*, width: int = 16) -> nn.Module:
+        return ConvolutionalDiscriminator(width=width, labels=None, channels=channels, size=size)
+
+    made = (gan_discriminator, acgan_discriminator, biggan_discriminator, unconditional_gan_discriminator)
+    return {make.__name__: make for make in made}
