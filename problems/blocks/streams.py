@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, TypeAlias, final
+
+from torch import Tensor
 
 import mlo
 from problems.blocks.jitter import Jitter, uniform_draws
+
+Transform: TypeAlias = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""Images and draws to images: `problems.blocks.consistency.strong`."""
+
+Draws: TypeAlias = Callable[..., Mapping[str, Tensor]]
+"""What a transform draws for `count` images, `draws(count, generator=…)`."""
 
 
 @final
@@ -28,6 +37,31 @@ class Jittered(mlo.stream.AbstractStream):
         generator = replace(which, stream=f"{which.stream}.jitter").generator()
         draws = uniform_draws(len(images), generator=generator).to(device=images.device, dtype=images.dtype)
         return {**batch, "images": self._jitter(images, draws, background=self._background)}
+
+    def draws_per_epoch(self) -> float | None:
+        """As many as the other stream's."""
+        return self._stream.draws_per_epoch()
+
+
+@final
+class Transformed(mlo.stream.AbstractStream):
+    """The batches of another stream with their `images` transformed, each image by draws of its own."""
+
+    def __init__(self, stream: mlo.stream.AbstractStream, transform: Transform, draws: Draws) -> None:
+        self._stream = stream
+        self._transform = transform
+        self._draws = draws
+
+    def draw(self, which: mlo.stream.Draw) -> Any:
+        """A mapping like the other stream's."""
+        batch = self._stream.draw(which)
+        images = batch["images"]
+        generator = replace(which, stream=f"{which.stream}.transform").generator()
+        draws = self._draws(len(images), generator=generator)
+        return {
+            **batch,
+            "images": self._transform(images, {name: each.to(images.device) for name, each in draws.items()}),
+        }
 
     def draws_per_epoch(self) -> float | None:
         """As many as the other stream's."""
