@@ -181,7 +181,7 @@ def _inherited(tree: Table, given: Table) -> Table:
     """Of the settings `given`, those that the graph in `tree` takes over under another problem."""
     written = tree.get("inherits")
     names: object = None if written is None else plain(written)
-    listed = cast("list[object]", names) if isinstance(names, list) else [names]
+    listed = cast("Sequence[object]", names) if isinstance(names, list | tuple) else [names]
     wanted = {fold(name) for name in listed if isinstance(name, str)}
     return Table(given.place, {key: entry for key, entry in given.entries.items() if fold(key) in wanted})
 

@@ -112,3 +112,21 @@ def test_starts_may_start_from_others(both, write, first):
     spec = load(both("{weights: first/gan.yaml}", first + "start: {weights: zero.yaml}\n"), "seed=5", imports=["toy"])
     assert spec.starts["weights"].starts["weights"].seed == 5
     assert spec.starts["weights"].starts["weights"].name == "zero"
+
+
+def test_a_graph_says_which_data_it_takes_over_from_another_problem(both, first):
+    other = first.replace("toy", "other") + "inherits: [depth]\n"
+    upper = load(both("{weights: first/gan}", other), "data.depth=7", "data.size=9", imports=["toy", "other"])
+    assert upper.starts["weights"].data == {"size": 1, "depth": 7}
+    changed = upper.replaced("start.weights.with.data.depth=5")
+    assert changed.starts["weights"].data == {"size": 1, "depth": 5}  # what the start changes is on top
+    assert load("graphs/first/gan.yaml", imports=["other"]).data == {"size": 1, "depth": 2}
+
+
+def test_what_is_inherited_does_not_change_what_a_graph_computes(both, first):
+    both("{weights: first/gan}", first + "inherits: depth\n")
+    spec = load("graphs/first/gan.yaml", imports=["toy"])
+    assert spec.inherits == ("depth",)
+    assert spec.replaced("inherits=[]").hash == spec.hash
+    assert "inherits" in spec.to_yaml()
+    assert "inherits" not in spec.replaced("inherits=[]").to_yaml()

@@ -7,6 +7,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from problems.blocks.generators._abstract import AbstractGenerator, embedded, sides, widths
 from problems.blocks.generators._spectral import spectral
@@ -60,29 +61,38 @@ class ConvolutionalGenerator(AbstractGenerator):
 class ConvolutionalDiscriminator(nn.Module):
     """D(x, y): images [n, channels, size, size] in [0, 1] and labels [n] to scores [n].
 
-    The label enters as one more channel, a map of its own that is learned (Mirza and Osindero 2014); convolutions of stride
-    2 and leaky ReLUs halve the image to the smallest side. All layers are spectrally normalised.
+    Convolutions of stride 2 and leaky ReLUs halve the image to the smallest side; a hidden layer sees the result joined to
+    the label's embedding (Mirza and Osindero 2014). All layers are spectrally normalised.
 
     - `width`: channels of the first convolution, at full size.
     - `labels`: None for a discriminator that does not look at labels.
+    - `embedding`, `hidden`: the sizes of a label's embedding and of the hidden layer.
     """
 
-    def __init__(self, *, labels: int | None = 10, channels: int = 1, size: int = 8, width: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        labels: int | None = 10,
+        channels: int = 1,
+        size: int = 8,
+        width: int = 16,
+        embedding: int = 16,
+        hidden: int = 64,
+    ) -> None:
         super().__init__()
-        self.size = size
-        self.embedding = None if labels is None else nn.Embedding(labels, size * size)
-        self.features = _Features(channels + (labels is not None), size=size, width=width)
-        self.score = spectral(nn.Linear(self.features.outputs, 1))
+        self.features = _Features(channels, size=size, width=width)
+        self.embedding = None if labels is None else nn.Embedding(labels, embedding)
+        inputs = self.features.outputs + (0 if labels is None else embedding)
+        self.hidden = spectral(nn.Linear(inputs, hidden))
+        self.score = spectral(nn.Linear(hidden, 1))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """See the class."""
-        inputs = 2 * images - 1
+        features = self.features(2 * images - 1)
         if self.embedding is not None:
             assert labels is not None, "a conditional discriminator is given labels"
-            inputs = torch.cat(
-                (inputs, embedded(self.embedding, labels).unflatten(1, (1, self.size, self.size))), dim=1
-            )
-        return self.score(self.features(inputs)).squeeze(1)
+            features = torch.cat((features, embedded(self.embedding, labels)), dim=1)
+        return self.score(leaky_relu(self.hidden(features), 0.1)).squeeze(1)
 
 
 @final

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from problems.blocks.generators import _elsewhere
 from problems.blocks.generators._biggan import BigGANGenerator, ProjectionDiscriminator
 from problems.blocks.generators._convolutional import (
     AuxiliaryDiscriminator,
@@ -14,6 +15,7 @@ from problems.blocks.generators._convolutional import (
 )
 from problems.blocks.generators._ddim import Schedule
 from problems.blocks.generators._diffusion import Diffusion
+from problems.blocks.generators._elsewhere import Interval
 from problems.blocks.image_sets import ImageSets
 
 LATENT = 64
@@ -53,12 +55,40 @@ def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Calla
             latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=size
         )
 
+    def torchscript(
+        *, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit"
+    ) -> nn.Module:
+        labels = classes if conditional else None
+        return _elsewhere.torchscript(
+            path, latent=latent, labels=labels, channels=channels, size=size, interval=interval
+        )
+
+    def exported(*, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit") -> nn.Module:
+        labels = classes if conditional else None
+        return _elsewhere.exported(path, latent=latent, labels=labels, channels=channels, size=size, interval=interval)
+
+    def imported(
+        *,
+        module: str,
+        name: str = "generator",
+        latent: int = drawn,
+        conditional: bool = True,
+        interval: Interval = "unit",
+    ) -> nn.Module:
+        labels = classes if conditional else None
+        return _elsewhere.imported(
+            module, name, latent=latent, labels=labels, channels=channels, size=size, interval=interval
+        )
+
     return {
         "gan": gan,
         "acgan": gan,
         "biggan": biggan,
         "unconditional_gan": unconditional_gan,
         "diffusion": diffusion,
+        "torchscript": torchscript,
+        "exported": exported,
+        "imported": imported,
     }
 
 

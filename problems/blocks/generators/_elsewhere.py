@@ -1,0 +1,250 @@
+"""Generators that were trained elsewhere: files of TorchScript or of `torch.export`, and modules of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+import mlo
+from problems.blocks.generators._abstract import AbstractGenerator
+
+Interval: TypeAlias = Literal["unit", "symmetric"]
+"""Where a generator's intensities lie: [0, 1], or [−1, 1] as after a tanh."""
+
+NEAR = 1e-3
+"""How far outside the interval an intensity may lie, for rounding."""
+
+
+@final
+class FromFile(AbstractGenerator):
+    """A generator from a file, `program(latents, labels)`, or `program(latents)` without labels; a constant.
+
+    The program keeps its own numbers, in the type they were saved in: they are no variables of a level and are not in
+    checkpoints. A fingerprint of the file is, and a run that goes on with another file is refused.
+    """
+
+    fingerprint: Tensor
+
+    def __init__(
+        self,
+        program: nn.Module,
+        digest: bytes,
+        *,
+        latent: int,
+        labels: int | None,
+        channels: int,
+        size: int,
+        interval: Interval,
+    ) -> None:
+        super().__init__(latent=latent, labels=labels, channels=channels, size=size)
+        self.register_buffer("fingerprint", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+        self._held = _Held(program, self.fingerprint.clone())
+        self._interval: Interval = interval
+
+    def images(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """See the base. Raises `UserError` for weights of labels, which a file is not expected to take."""
+        if labels is not None and labels.is_floating_point():
+            raise mlo.UserError("a generator from a file takes labels as whole numbers [n], not as weights")
+        here = self.fingerprint
+        if here.device.type == "cpu" and not torch.equal(here, self._held.fingerprint):
+            raise mlo.UserError("the generator's file is not the one that this run began with")
+        return _in_unit(self._held(latents, labels), self._interval)
+
+
+@final
+class FromModule(AbstractGenerator):
+    """A module of the user's own, `module(latents, labels)` or `module(latents)` without labels, as variables of a level."""
+
+    def __init__(
+        self, module: nn.Module, *, latent: int, labels: int | None, channels: int, size: int, interval: Interval
+    ) -> None:
+        super().__init__(latent=latent, labels=labels, channels=channels, size=size)
+        self.module = module
+        self._interval: Interval = interval
+
+    def images(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """See the base."""
+        return _in_unit(self.module(latents) if labels is None else self.module(latents, labels), self._interval)
+
+
+@final
+class _Held:
+    """A program outside of the module that uses it: it is shared by copies, and not moved to the meta device with them."""
+
+    def __init__(self, program: nn.Module, fingerprint: Tensor) -> None:
+        for parameter in program.parameters():  # one by one: a ScriptModule has no `requires_grad_`
+            parameter.requires_grad_(False)
+        self._program = program
+        self.fingerprint = fingerprint
+        tensors = [*program.parameters(), *program.buffers()]
+        self._dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.float32)
+        self._device = next((each.device for each in tensors), torch.device("cpu"))
+
+    def __deepcopy__(self, memo: object) -> _Held:
+        return self
+
+    def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        if latents.device != self._device:
+            self._program.to(latents.device)
+            self._device = latents.device
+        z = latents.to(self._dtype)
+        found = self._program(z) if labels is None else self._program(z, labels)
+        return found.to(latents.dtype) if isinstance(found, Tensor) else found
+
+
+def torchscript(
+    path: str, *, latent: int, labels: int | None, channels: int, size: int, interval: Interval
+) -> AbstractGenerator:
+    """The generator in a file that `torch.jit.save` wrote.
+
+    Raises ValueError for a file that is missing or cannot be read, and for what `_tried` refuses.
+    """
+
+    def load(place: Path) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is being replaced is no news to who has such a file
+            return torch.jit.load(str(place), map_location="cpu").eval()
+
+    shape = {"latent": latent, "labels": labels, "channels": channels, "size": size}
+    return _from_file(path, load, "TorchScript, as torch.jit.save writes it", shape, interval)
+
+
+def exported(
+    path: str, *, latent: int, labels: int | None, channels: int, size: int, interval: Interval
+) -> AbstractGenerator:
+    """The generator in a file that `torch.export.save` wrote, of a program whose number of images is free.
+
+    Raises ValueError for a file that is missing or cannot be read, and for what `_tried` refuses.
+    """
+
+    def load(place: Path) -> nn.Module:
+        return torch.export.load(str(place)).module()
+
+    shape = {"latent": latent, "labels": labels, "channels": channels, "size": size}
+    return _from_file(path, load, "an exported program, as torch.export.save writes it", shape, interval)
+
+
+def imported(
+    module: str, name: str, *, latent: int, labels: int | None, channels: int, size: int, interval: Interval
+) -> AbstractGenerator:
+    """What `name()` of `module` makes: an nn.Module. `module` is installed, or lies where `--import` finds it.
+
+    Raises ValueError where there is none of them, and for what `_tried` refuses.
+    """
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"module is '{module}', which needs a module '{error.name}' that is not there") from error
+        raise ValueError(
+            f"module is '{module}', and there is none; say `--import {module}` where the file lies in {Path.cwd()}"
+        ) from error
+    make = getattr(found, name, None)
+    if not callable(make):
+        known = [each for each, value in vars(found).items() if callable(value) and not each.startswith("_")]
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"name is '{name}', and '{module}' has no such function.{hint} Known: {', '.join(known)}.")
+    try:
+        made: Any = make()
+    except Exception as error:  # it is the user's, and may raise anything
+        raise ValueError(f"name is '{name}', and {module}.{name}() fails: {_said(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"name is '{name}', and {module}.{name}() gives a {type(made).__name__}, not an nn.Module")
+    generator = FromModule(made, latent=latent, labels=labels, channels=channels, size=size, interval=interval)
+    return _tried(generator, f"name is '{name}'", interval)
+
+
+def _from_file(
+    path: str, load: Callable[[Path], nn.Module], kind: str, shape: dict[str, Any], interval: Interval
+) -> AbstractGenerator:
+    place = Path(os.path.expanduser(path))
+    if not place.is_file():
+        raise ValueError(f"path is '{path}'; there is no such file seen from {Path.cwd()}, and nothing is downloaded")
+    try:
+        program = load(place)
+    except Exception as error:  # torch answers a broken file with whatever its parser meets
+        raise ValueError(f"path is '{path}', which cannot be read as {kind}: {_said(error)}") from error
+    digest = hashlib.sha256(place.read_bytes()).digest()
+    return _tried(FromFile(program, digest, **shape, interval=interval), f"path is '{path}'", interval)
+
+
+def _tried(generator: AbstractGenerator, where: str, interval: Interval) -> AbstractGenerator:
+    """`generator`, after two batches of images and derivatives of them in the latents, in evaluation mode.
+
+    Raises ValueError, beginning with `where`, if it cannot be called, for other shapes, intensities outside the interval,
+    images that differ from call to call, and where first or second derivatives in the latents are missing.
+    """
+    was_training = generator.training
+    generator.eval()
+    given = f"latents [n, {generator.latent}]" + ("" if generator.labels is None else " and labels [n]")
+    for count in (2, 3):
+        images = _attempt(generator, count, f"{where}; called with {given.replace('[n', f'[{count}')} it fails")
+        wanted = (count, generator.channels, generator.size, generator.size)
+        if not isinstance(images, Tensor) or tuple(images.shape) != wanted:
+            found = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise ValueError(f"{where}; for {given} with n = {count} it gives {found}, and images are {list(wanted)}")
+    latents, labels = _inputs(generator, 2)
+    latents.requires_grad_()
+    images = generator(latents, labels)
+    low, high = (edge.item() for edge in images.detach().aminmax())
+    if not (low >= -NEAR and high <= 1 + NEAR):
+        raise ValueError(
+            f"interval is '{interval}'; {where.replace(' is ', ' ')} so gives intensities from {low:.3g} to {high:.3g} and "
+            "not from 0 to 1: 'unit' is for what lies in [0, 1], 'symmetric' for [−1, 1]"
+        )
+    if not torch.equal(images.detach(), generator(latents, labels).detach()):
+        raise ValueError(f"{where}; it draws random numbers of its own: images of the same latents differ")
+    _differentiated(images, latents, where)
+    generator.train(was_training)
+    return generator
+
+
+def _differentiated(images: Tensor, latents: Tensor, where: str) -> None:
+    """Raise ValueError unless `images` have a derivative in `latents` that can be differentiated again."""
+    if not images.requires_grad:
+        raise ValueError(f"{where}; its images are not differentiable in the latents: was it saved under no_grad?")
+    weights = torch.linspace(0.5, 1.5, images.numel(), dtype=images.dtype).reshape(images.shape)
+    try:
+        (first,) = torch.autograd.grad((weights * images).sum(), latents, create_graph=True, allow_unused=True)
+        if first is not None and first.requires_grad:
+            torch.autograd.grad(first.square().sum(), latents, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where}; it cannot be differentiated twice in the latents: {_said(error)}") from error
+    if first is None or not first.isfinite().all() or not first.any():
+        what = "zero" if first is None or first.isfinite().all() else "not finite"
+        raise ValueError(f"{where}; the derivative of its images in the latents is {what}")
+
+
+def _attempt(generator: AbstractGenerator, count: int, message: str) -> Any:
+    try:
+        return generator(*_inputs(generator, count))
+    except Exception as error:  # it is the user's, and may raise anything
+        raise ValueError(f"{message}: {_said(error)}") from error
+
+
+def _inputs(generator: AbstractGenerator, count: int) -> tuple[Tensor, Tensor | None]:
+    dtype = next((each.dtype for each in generator.parameters()), torch.get_default_dtype())
+    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(count, generator.latent, generator=draws, dtype=dtype)
+    return latents, None if generator.labels is None else torch.arange(count) % generator.labels
+
+
+def _in_unit(images: Any, interval: Interval) -> Any:
+    return (images + 1) / 2 if interval == "symmetric" else images
+
+
+def _said(error: Exception) -> str:
+    """The line of an error that tells most: of TorchScript's long ones the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[-1] if lines and "TorchScript" in lines[0] else (lines or [""])[0]
+    return f"{type(error).__name__}: {told[:200]}" if told else type(error).__name__
