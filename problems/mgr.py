@@ -69,6 +69,7 @@ class Data(mlo.Settings):
     - `validation`: the share of these that is set aside as D_val; the others are D.
     - `batch_size`: B = B_p = B_val, images a batch: real, synthetic, of validation.
     - `latent`: the size of z, which must be the generator's.
+    - `strongest`: the largest magnitude of T's operations, in [0, 1]: `problems.blocks.augmentation`.
     - `augmentation`: what is done to real training images beside the set's standard augmentation, Table 3.
     """
 
@@ -81,6 +82,7 @@ class Data(mlo.Settings):
     validation: float = 0.1
     batch_size: int = 64
     latent: int = 64
+    strongest: float = 1.0
     augmentation: Literal["none", "augmix", "rand_augment", "trivial_augment"] = "none"
 
 
@@ -270,7 +272,7 @@ def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Ge
     count = settings.batch_size
     z = torch.randn(count, settings.latent, generator=generator, dtype=dtype)
     labels = torch.randint(classes, (count,), generator=generator)
-    drawn = strong_draws(count, generator=generator)
+    drawn = strong_draws(count, strongest=settings.strongest, generator=generator)
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in drawn.items()}
     return {"z": z, "labels": labels, "strong": cast}
 

@@ -24,8 +24,8 @@ def networks_for(found: ImageSets, *, outputs: int) -> dict[str, Callable[..., n
     channels = found.channels
     behind = partial(normalised, mean=found.mean, deviation=found.deviation)
 
-    def smooth_cnn(*, width: int = 8) -> nn.Module:
-        return behind(SmoothCNN(width=width, size=found.size, classes=outputs, channels=channels))
+    def smooth_cnn(*, width: int = 8, pooled: bool = False) -> nn.Module:
+        return behind(SmoothCNN(width=width, size=found.size, classes=outputs, channels=channels, pooled=pooled))
 
     def small_cnn(*, width: int = 16) -> nn.Module:
         return behind(SmallCNN(width=width, classes=outputs, channels=channels))

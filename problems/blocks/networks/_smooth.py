@@ -17,9 +17,12 @@ class SmoothCNN(nn.Module):
 
     - `width`: channels of the first convolution; the next two have twice and four times as many.
     - `size`: pixels of each side.
+    - `pooled`: whether the linear layer reads the mean over all places, as in a residual network, and not every place.
     """
 
-    def __init__(self, *, width: int = 8, classes: int = 10, channels: int = 1, size: int = 8) -> None:
+    def __init__(
+        self, *, width: int = 8, classes: int = 10, channels: int = 1, size: int = 8, pooled: bool = False
+    ) -> None:
         super().__init__()
         widths = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
@@ -29,7 +32,8 @@ class SmoothCNN(nn.Module):
                 nn.Conv2d(widths[number], widths[number + 1], kernel_size=3, padding=1, stride=stride),
                 nn.GELU(),
             ]
-        side = (size + 3) // 4
+        side = 1 if pooled else (size + 3) // 4
+        layers += [nn.AdaptiveAvgPool2d(1)] if pooled else []
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * side**2, classes))
 
     def forward(self, images: Tensor) -> Tensor:
