@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_files import write
 from torch import Tensor
 
 import mlo
@@ -18,6 +19,11 @@ from problems.blocks.generators import signal
 
 ROOT = Path(__file__).parents[2]
 GRAPHS = ROOT / "graphs" / "mgr" / "generators"
+LEVELS = {
+    "acgan": {"generator": "acgan", "discriminator": "acgan_discriminator"},
+    "biggan": {"generator": "biggan", "discriminator": "biggan_discriminator"},
+    "diffusion": {"generator": "diffusion"},
+}
 CONTEXT = mlo.Context(seed=0, device=torch.device("cpu"), dtype=torch.float64)
 
 
@@ -199,3 +205,21 @@ def test_a_graph_of_another_problem_passes_on_how_images_are_split(path: Path, t
         "validation": 0.3,
     }
     assert started.data.get("batch_size") == mlo.load(path).data.get("batch_size")
+
+
+@pytest.mark.parametrize("name", ["acgan", "biggan", "diffusion"])
+def test_colour_images_of_32_pixels_from_files(name: str, tmp_path: Path):
+    write("cifar10", tmp_path, train=10, patches=True)
+    spec = mlo.load(
+        GRAPHS / f"{name}.yaml",
+        "data.source=cifar10",
+        f"data.root={tmp_path}",
+        "data.complete=false",
+        "data.batch_size=4",
+        f"data.latent={3 * 32 * 32 if name == 'diffusion' else 20}",
+        "iterations=2",
+        *(f"levels.{level}.variables={{{kind}: {{width: 4}}}}" for level, kind in LEVELS[name].items()),
+    )
+    run = mlo.run(spec, tmp_path / "run", quiet=True)
+    assert run.module("generator").size == 32
+    assert run.summary["metrics"].keys() == {"validation.variety", "test.variety"}

@@ -215,13 +215,13 @@ def _differentiated(images: Tensor, latents: Tensor, where: str) -> None:
         raise ValueError(f"{where}; its images are not differentiable in the latents: was it saved under no_grad?")
     weights = torch.linspace(0.5, 1.5, images.numel(), dtype=images.dtype).reshape(images.shape)
     try:
-        (first,) = torch.autograd.grad((weights * images).sum(), latents, create_graph=True, allow_unused=True)
-        if first is not None and first.requires_grad:
+        (first,) = torch.autograd.grad((weights * images).sum(), latents, create_graph=True, materialize_grads=True)
+        if first.requires_grad:
             torch.autograd.grad(first.square().sum(), latents, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(f"{where}; it cannot be differentiated twice in the latents: {_said(error)}") from error
-    if first is None or not first.isfinite().all() or not first.any():
-        what = "zero" if first is None or first.isfinite().all() else "not finite"
+    if not first.isfinite().all() or not first.any():
+        what = "zero" if first.isfinite().all() else "not finite"
         raise ValueError(f"{where}; the derivative of its images in the latents is {what}")
 
 
