@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +285,15 @@ def test_augmix_draws_have_the_published_distributions():
 def test_settings_out_of_range_are_refused(draw, word):
     with pytest.raises(mlo.UserError, match=word):
         draw(4, generator=seeded())
+
+
+# the documented example
+
+
+def test_the_documented_example_runs():
+    page = (Path(__file__).parents[2] / "docs" / "consistency.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Tensor] = {}
+    exec(example, names)
+    assert names["loss"].shape == ()
+    assert names["loss"] > 0

@@ -49,7 +49,8 @@ def weak_draws(count: int, *, shift: int = 1, flip: bool = False, generator: tor
     - `shift`: the largest shift, in pixels; each of −shift … shift is as likely. FixMatch: an eighth of the image.
     - `flip`: whether half of the images are mirrored, left to right. Digits and letters must not be.
 
-    Gives `shift` [count, 2], how far below and to the right is read, and `flip` [count] of 0 and 1. Raises UserError for a shift below 0.
+    Gives `shift` [count, 2], how far below and to the right is read, and `flip` [count] of 0 and 1. Raises UserError for a
+    shift below 0.
     """
     if shift < 0:
         raise mlo.UserError(f"shift={shift}: the largest shift is a number of pixels, 0 or more")
