@@ -227,7 +227,7 @@ def test_cutout_is_a_square_of_its_share_about_its_middle():
     assert middle.max(0).values.tolist() == [5, 5]
     assert len(middle) == 16
     assert hole(0.0, 0.5, 0.5).tolist() == [[y, x] for y in range(2) for x in range(2, 6)]  # cut by the border
-    assert len(hole(0.3, 0.9, 0.0)) == 0
+    assert len(hole(0.3, 0.9, 0.0)) == len(hole(0.5 / 8, 0.5 / 8, 0.0)) == 0  # even at the middle of a pixel
     assert len(hole(0.5, 0.5, 2.0)) == 64
 
 
