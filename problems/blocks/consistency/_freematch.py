@@ -95,8 +95,8 @@ def freematch_targets(logits_weak: Tensor, thresholds: Thresholds) -> Targets:
     """The likeliest class, where its probability is above its threshold τ(c) (Eq. 8). Logits [n, classes]."""
     fixed = logits_weak.detach()
     confidence, labels = fixed.softmax(1).max(1)
-    kept = confidence > thresholds.local.to(fixed.dtype)[labels]
-    return Targets(one_hot(labels, fixed.shape[1]).to(fixed.dtype), kept.to(fixed.dtype))
+    kept = confidence > thresholds.local.to(confidence.dtype)[labels]
+    return Targets(one_hot(labels, fixed.shape[1]).to(confidence.dtype), kept.to(confidence.dtype))
 
 
 def fairness(targets: Targets, logits_strong: Tensor, thresholds: Thresholds) -> Tensor:
@@ -108,7 +108,8 @@ def fairness(targets: Targets, logits_strong: Tensor, thresholds: Thresholds) ->
     """
     probabilities = logits_strong.softmax(1)
     labels = one_hot(logits_strong.detach().argmax(1), logits_strong.shape[1]).to(probabilities.dtype)
-    total, counts = targets.kept @ probabilities, targets.kept @ labels
+    kept = targets.kept[:, None]
+    total, counts = (kept * probabilities).sum(0), (kept * labels).sum(0)
     present = counts > 0
     ratio = torch.where(present, total / torch.where(present, counts, 1), 0)
     current = torch.where(present, ratio / torch.where(present.any(), ratio.sum(), 1), 1)

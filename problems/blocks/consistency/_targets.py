@@ -30,15 +30,17 @@ def uda_targets(logits_weak: Tensor, *, temperature: float = 0.4, confidence: fl
     The mask sees probabilities that are not sharpened. Logits [n, classes].
     """
     fixed = logits_weak.detach()
+    sharpened = (fixed / temperature).softmax(1)
     kept = fixed.softmax(1).amax(1) > confidence
-    return Targets((fixed / temperature).softmax(1), kept.to(fixed.dtype))
+    return Targets(sharpened, kept.to(sharpened.dtype))
 
 
 def fixmatch_targets(logits_weak: Tensor, *, threshold: float = 0.95) -> Targets:
     """The likeliest class, where its probability is ≥ threshold (Sohn et al. 2020, FixMatch, Eq. 4). Logits [n, classes]."""
     fixed = logits_weak.detach()
     confidence, labels = fixed.softmax(1).max(1)
-    return Targets(one_hot(labels, fixed.shape[1]).to(fixed.dtype), (confidence >= threshold).to(fixed.dtype))
+    kept = confidence >= threshold
+    return Targets(one_hot(labels, fixed.shape[1]).to(confidence.dtype), kept.to(confidence.dtype))
 
 
 def matched(targets: Targets, logits_strong: Tensor) -> Tensor:

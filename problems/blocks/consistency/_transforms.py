@@ -24,18 +24,19 @@ AUGMIX: tuple[str, ...] = tuple(
 
 
 def weak(images: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
-    """Each image shifted by whole pixels, and mirrored or not: out(y, x) = in(y + shift_y, x + shift_x), 0 outside.
+    """Each image mirrored or not, then shifted by whole pixels: out(y, x) = in(y + shift_y, x + shift_x), 0 outside.
 
-    A random crop of the image with a black border, as FixMatch and MP-SSL (§4.1) have it. Linear in the images.
+    A random crop of the image with a black border, as MP-SSL has it (§4.1, "horizontal flip and random crop"). Linear in the
+    images.
 
     - `images`: [n, channels, height, width].
     - `draws`: from `weak_draws` for n images.
     """
     height, width = images.shape[-2:]
     shift, flip = draws["shift"].round().long(), draws["flip"] > 0.5
-    x = torch.arange(width, device=images.device)
     rows = torch.arange(height, device=images.device) + shift[:, :1]
-    columns = torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:]
+    columns = torch.arange(width, device=images.device) + shift[:, 1:]
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
     read = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1))
@@ -48,7 +49,8 @@ def weak_draws(count: int, *, shift: int = 1, flip: bool = False, generator: tor
     - `shift`: the largest shift, in pixels; each of −shift … shift is as likely. FixMatch: an eighth of the image.
     - `flip`: whether half of the images are mirrored, left to right. Digits and letters must not be.
 
-    Gives `shift` [count, 2], down and to the right, and `flip` [count] of 0 and 1. Raises UserError for a shift below 0.
+    Gives `shift` [count, 2], how far below and to the right is read, and `flip` [count] of 0 and 1. Raises UserError for a
+    shift below 0.
     """
     if shift < 0:
         raise mlo.UserError(f"shift={shift}: the largest shift is a number of pixels, 0 or more")
@@ -171,7 +173,6 @@ def _in_turn(images: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
     """Each image under its own operations, [n, operations], one after the other."""
     chosen = draws["operation"].round().long()
     for stage in range(chosen.shape[1]):
-        # apply_each has no use for images that stay as they are, but sorting them out costs more than it saves.
         images = apply_each(images, chosen[:, stage], draws["magnitude"][:, stage], draws["sign"][:, stage])
     return images
 
