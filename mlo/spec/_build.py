@@ -213,9 +213,13 @@ def _level(
     every, warm_up = durations.of(level, "every"), durations.of(level, "warm_up")
     if len(faults) > before or variables is None:
         return None
-    with _random.preserved():
-        _random.reseed(_random.key(context.seed, "variables", level.name))
-        made = variables()
+    try:
+        with _random.preserved():
+            _random.reseed(_random.key(context.seed, "variables", level.name))
+            made = variables()
+    except ValueError as error:  # what a builder says of its own options
+        faults.append(_refused(error, variables, level))
+        return None
     made = _placed(made, context)
     _freeze(made, level, faults)
     found = Level(
@@ -271,6 +275,14 @@ def _bound(
     options, wrong = check_options(found, choice.options, schedule=schedule)
     faults += [fault.below((*here, choice.name)) for fault in wrong]
     return None if wrong else _Bound(found, options)
+
+
+def _refused(error: ValueError, variables: _Bound, level: LevelSpec) -> Fault:
+    """What a builder of variables says, at the option that its first word names."""
+    first = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
+    choice = level.variables
+    inside = (choice.name, first) if choice is not None and first in variables.options else ()
+    return Fault(("levels", level.name, "variables", *inside), f"{error}{'' if str(error).endswith('.') else '.'}")
 
 
 @final

@@ -33,7 +33,9 @@ def network():
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
 
 
-def policy(*, initial: float = 0.5):
+def policy(*, initial: float = 0.5, length: int = 3):
+    if length != 3:
+        raise ValueError(f"length is {length}; it must be 3" if length > 0 else "too short")
     return {"p": torch.full((3,), initial), "mu": torch.zeros(2)}
 
 
@@ -171,6 +173,9 @@ WRONG = [
     ("{p: sigmoid}", "{mu: softplus}", "15:18: levels.u.constraints: 'mu' must be above 0 for softplus to reach, starts at 0"),
     ("variables: policy", "variables: {policy: {initial: 1}}",
      "15:18: levels.u.constraints: 'p' must be above 0 and below 1 for a sigmoid to reach, starts at 1"),
+    ("variables: policy", "variables: {policy: {length: 4}}",
+     "11:34: levels.u.variables.policy.length: length is 4; it must be 3."),
+    ("variables: policy", "variables: {policy: {length: 0}}", "11:17: levels.u.variables: too short."),
     ("objective: fit", "objective: {fit: {weight: {cosin: {start: 1}}}}",
      "6:31: levels.w.objective.fit.weight: no schedule named 'cosin'. Did you mean 'cosine'?"),
     ("objective: fit", "objective: {fit: {power: {cosine: {start: 1, over: 9}}}}",

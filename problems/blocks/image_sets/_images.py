@@ -68,16 +68,12 @@ class HeldImages(AbstractImages):
         if draws is None:
             return images
         if self.padding:
-            height, width = images.shape[-2:]
+            count, channels, height, width = images.shape
             wide = pad(images, (self.padding,) * 4)
             first = (draws[:, :2] * (2 * self.padding + 1)).long()
-            rows = first[:, 0, None, None, None] + torch.arange(height)[:, None]
-            columns = first[:, 1, None, None, None] + torch.arange(width)
-            which, channels = (
-                torch.arange(len(index))[:, None, None, None],
-                torch.arange(images.shape[1])[:, None, None],
-            )
-            images = wide[which, channels, rows, columns]
+            rows, columns = first[:, :1] + torch.arange(height), first[:, 1:2] + torch.arange(width)
+            images = wide.gather(2, rows[:, None, :, None].expand(count, channels, height, wide.shape[-1]))
+            images = images.gather(3, columns[:, None, None, :].expand(count, channels, height, width))
         if self.flip:
             images = torch.where(draws[:, 2, None, None, None] < 0.5, images.flip(-1), images)
         return images

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import mlo
 from problems.blocks.torchvision_door import torchvision
 
 Depth: TypeAlias = Literal[18, 34, 50]
@@ -27,7 +26,7 @@ def resnet(*, depth: Depth = 18, weights: str | None = None, classes: int = 1000
     - `weights`: a file of its parameters and buffers by torchvision's names, `torch.save`d or in safetensors. Where the last
       layer has another number of classes it is left out and starts fresh. Nothing is ever downloaded.
 
-    Raises `mlo.UserError` for a file that is missing, cannot be read or belongs to another network.
+    Raises ValueError for a file that is missing, cannot be read or belongs to another network.
     """
     network = getattr(torchvision("models"), f"resnet{depth}")(num_classes=classes)
     if channels != 3:
@@ -55,23 +54,25 @@ def _load(network: nn.Module, path: Path, kind: str) -> None:
             for names, what in ((missing, "missing"), (unexpected, "unknown"), (other, "of another shape"))
             if names
         ]
-        raise mlo.UserError(f"weights: '{path}' does not hold a {kind} of torchvision: {'; '.join(mistakes)}")
+        raise ValueError(f"weights is '{path}', which does not hold a {kind} of torchvision: {'; '.join(mistakes)}")
     network.load_state_dict(found)
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise mlo.UserError(f"weights: there is no file '{path}' (seen from {Path.cwd()}); nothing is downloaded")
+        raise ValueError(
+            f"weights is '{path}'; there is no such file seen from {Path.cwd()}, and nothing is downloaded"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found: object = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise mlo.UserError(f"weights: '{path}' cannot be read as saved tensors: {first}") from error
+        raise ValueError(f"weights is '{path}', which cannot be read as saved tensors: {first}") from error
     if not isinstance(found, Mapping) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise mlo.UserError(
-            f"weights: '{path}' holds no tensors by name but a {type(found).__name__}; save a network's state_dict()"
+        raise ValueError(
+            f"weights is '{path}', which holds no tensors by name but a {type(found).__name__}; save a state_dict()"
         )
     return cast("Mapping[str, Tensor]", found)
 
