@@ -333,3 +333,25 @@ def test_the_critics_loss_in_closed_form() -> None:
     recognised = cross_entropy(batch["real"]["images"].flatten(1) @ weight[:4].T, batch["real"]["labels"])
     torch.testing.assert_close(measured["distance"], distance)
     torch.testing.assert_close(loss, 3.0 * (weight[4].norm() - 1) ** 2 + recognised - distance)
+
+
+def test_the_policys_loss_beside_a_critic_in_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 64, generator=generator)  # four classes and c
+    values = {"critic": lambda shown: shown.flatten(1) @ weight.T, "policy": _Dark()}
+    batch = {"train": images(1), "augmentation_noise": {}}
+    loss, measured = madao.imitation(values, batch, weight=0.3)
+    outputs = 0.5 * batch["train"]["images"].flatten(1) @ weight.T
+    recognised = cross_entropy(outputs[:, :4], batch["train"]["labels"])
+    torch.testing.assert_close(loss, 0.3 * recognised - outputs[:, 4].mean())
+    torch.testing.assert_close(measured["recognition"], recognised)
+
+
+class _Dark(dict[str, Tensor]):
+    """Stands for a policy that halves every image."""
+
+    def __init__(self) -> None:
+        super().__init__(Policy(stages=STAGES).named_parameters())
+
+    def __call__(self, shown: Tensor, draws: object) -> Tensor:
+        return 0.5 * shown
