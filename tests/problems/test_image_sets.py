@@ -293,6 +293,25 @@ def test_a_broken_file_is_named_as_such(opened: Open, tmp_path: Path):
         image_sets("cifar10", root=tmp_path, seed=0, complete=False)
 
 
+BROKEN = [
+    ("svhn", "train_32x32.mat", b""),
+    ("svhn", "train_32x32.mat", b"<html><body>404 not found</body></html>\n"),
+    ("flowers", "flowers-102/imagelabels.mat", b""),
+    ("cars", "stanford_cars/devkit/cars_train_annos.mat", b""),
+    ("cifar10", "cifar-10-batches-py/data_batch_1", b"cnumby\narray\n."),
+    ("cifar10", "cifar-10-batches-py/data_batch_1", b"cnumpy\nno_such_array\n."),
+    ("cifar10", "cifar-10-batches-py/test_batch", b"."),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content"), BROKEN)
+def test_whatever_is_in_a_broken_file_the_answer_is_the_layout(name: str, file: str, content: bytes, tmp_path: Path):
+    write(name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"root is '{tmp_path}': {name} cannot be read \(.*expected under the root"):
+        image_sets(name, root=tmp_path, seed=0, complete=False)
+
+
 def test_a_listed_image_that_is_missing_is_named_before_any_is_drawn(tmp_path: Path):
     write("pets", tmp_path)
     lost = tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg"

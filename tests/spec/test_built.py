@@ -36,6 +36,8 @@ def network():
 def policy(*, initial: float = 0.5, length: int = 3):
     if length != 3:
         raise ValueError(f"length is {length}; it must be 3" if length > 0 else "too short")
+    if initial < 0:
+        raise mlo.UserError(f"initial={initial}: it must be at least 0")
     return {"p": torch.full((3,), initial), "mu": torch.zeros(2)}
 
 
@@ -176,6 +178,8 @@ WRONG = [
     ("variables: policy", "variables: {policy: {length: 4}}",
      "11:34: levels.u.variables.policy.length: length is 4; it must be 3."),
     ("variables: policy", "variables: {policy: {length: 0}}", "11:17: levels.u.variables: too short."),
+    ("variables: policy", "variables: {policy: {initial: -1}}",
+     "11:35: levels.u.variables.policy.initial: initial=-1.0: it must be at least 0."),
     ("objective: fit", "objective: {fit: {weight: {cosin: {start: 1}}}}",
      "6:31: levels.w.objective.fit.weight: no schedule named 'cosin'. Did you mean 'cosine'?"),
     ("objective: fit", "objective: {fit: {power: {cosine: {start: 1, over: 9}}}}",
