@@ -1,4 +1,4 @@
-"""How good generated digits are: recognised by a classifier of real ones, and as varied as real ones."""
+"""How good generated images are: recognised by a classifier of real ones, as varied as real ones, and how far from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import mlo
 from problems.blocks.digits import CLASSES, all_digits
 from problems.blocks.jitter import Jitter, uniform_draws
 from problems.blocks.networks import Classifier
@@ -57,6 +58,31 @@ def mean_pairwise_distance(images: Tensor, labels: Tensor) -> Tensor:
     collapsed: compare with the distances of `all_digits()`, which lie between 3.4 (the zeros) and 5.2 (the ones).
     """
     return torch.stack([torch.pdist(images[labels == c].flatten(1)).mean() for c in range(CLASSES)])
+
+
+@torch.no_grad()
+def feature_frechet_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    r"""The squared Fréchet distance of two Gaussians with the features' means and covariances (Heusel et al. 2017, Eq. 6):
+
+        ‖μ_a − μ_b‖² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½).
+
+    With the features of InceptionNet it is called FID, and MGR's §4.5 prints the formula; features of another network give
+    numbers that compare with none but their own. Features [n, ...] and [m, ...], at least two of each; covariances with
+    n − 1. Computed in float64, from singular values: with centred features A = Q_a R_a and B = Q_b R_b, the trace of
+    (Σ_a Σ_b)^½ is the sum of those of R_a R_bᵀ/√((n − 1)(m − 1)), which needs no root of a matrix and no full rank.
+    It falls as n and m grow: compare equal numbers.
+    """
+    means, factors, total = [], [], 0.0
+    for features in (features_a, features_b):
+        rows = features.flatten(1).double()
+        if len(rows) < 2:
+            raise mlo.UserError(f"{len(rows)} features: a covariance takes at least two")
+        means.append(rows.mean(0))
+        centred = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
+        factors.append(torch.linalg.qr(centred, mode="r").R)
+        total = total + centred.square().sum()
+    root = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + total - 2 * root).clamp(min=0)
 
 
 def sample_grid(images: Tensor, labels: Tensor, *, columns: int = 10) -> Tensor:

@@ -45,6 +45,17 @@ def apply(name: str, images: Tensor, magnitudes: Tensor, signs: Tensor) -> Tenso
     return apply_sorted(images, magnitudes, signs, sizes)
 
 
+def apply_each(images: Tensor, chosen: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
+    """`apply` with an operation for each image, `OPERATIONS[chosen]`, at the cost of one operation an image.
+
+    - `chosen`: whole numbers [n]. The other arguments are those of `apply`.
+    """
+    order = chosen.argsort(stable=True)
+    sizes = chosen.bincount(minlength=len(OPERATIONS)).tolist()
+    changed = apply_sorted(images[order], magnitudes[order], signs[order], sizes)
+    return changed[order.argsort()]
+
+
 def apply_sorted(images: Tensor, magnitudes: Tensor, signs: Tensor, sizes: Sequence[int]) -> Tensor:
     """`apply` to images sorted by operation: the first `sizes[0]` get the first one of `OPERATIONS`, and so on.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from problems.blocks.augmentation._operations import OPERATIONS, apply_sorted
+from problems.blocks.augmentation._operations import OPERATIONS, apply_each
 
 
 @final
@@ -81,7 +81,7 @@ class Policy(nn.Module):
         applied = torch.sigmoid((logits + uniform.log() - torch.log1p(-uniform)) / self.temperature)
         magnitudes = self.magnitudes().expand_as(gumbel).gather(2, chosen)
         for stage in range(self.stages):
-            changed = _by_operation(
+            changed = apply_each(
                 images, chosen[:, stage, 0], magnitudes[:, stage, 0], draws["signs"][:, stage].to(images.dtype)
             )
             weight = applied[:, stage, :, None, None].to(images.dtype)
@@ -107,11 +107,3 @@ def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
     numbers = torch.rand(shape, generator=generator)
     limits = torch.finfo(numbers.dtype)
     return numbers.clamp(limits.tiny, 1 - limits.eps / 2)
-
-
-def _by_operation(images: Tensor, chosen: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """O_i(x; μ_i) for each image, i = chosen [n], at the cost of one operation an image."""
-    order = chosen.argsort(stable=True)
-    sizes = chosen.bincount(minlength=len(OPERATIONS)).tolist()
-    changed = apply_sorted(images[order], magnitudes[order], signs[order], sizes)
-    return changed[order.argsort()]

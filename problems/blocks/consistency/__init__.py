@@ -1,0 +1,30 @@
+"""Consistency between two views of an image: the transforms that make them and the losses that compare them."""
+
+from problems.blocks.consistency._features import l1 as l1
+from problems.blocks.consistency._features import l2 as l2
+from problems.blocks.consistency._features import pcr as pcr
+from problems.blocks.consistency._features import scr as scr
+from problems.blocks.consistency._features import smooth_l1 as smooth_l1
+from problems.blocks.consistency._freematch import SelfAdaptiveThresholds as SelfAdaptiveThresholds
+from problems.blocks.consistency._freematch import Thresholds as Thresholds
+from problems.blocks.consistency._freematch import WithThresholds as WithThresholds
+from problems.blocks.consistency._freematch import fairness as fairness
+from problems.blocks.consistency._freematch import freematch as freematch
+from problems.blocks.consistency._freematch import freematch_targets as freematch_targets
+from problems.blocks.consistency._gaps import batch_mean_gap as batch_mean_gap
+from problems.blocks.consistency._gaps import mmd as mmd
+from problems.blocks.consistency._gaps import paired_gap as paired_gap
+from problems.blocks.consistency._targets import Targets as Targets
+from problems.blocks.consistency._targets import fixmatch as fixmatch
+from problems.blocks.consistency._targets import fixmatch_targets as fixmatch_targets
+from problems.blocks.consistency._targets import matched as matched
+from problems.blocks.consistency._targets import uda as uda
+from problems.blocks.consistency._targets import uda_targets as uda_targets
+from problems.blocks.consistency._transforms import augmix as augmix
+from problems.blocks.consistency._transforms import augmix_draws as augmix_draws
+from problems.blocks.consistency._transforms import rand_augment_draws as rand_augment_draws
+from problems.blocks.consistency._transforms import strong as strong
+from problems.blocks.consistency._transforms import strong_draws as strong_draws
+from problems.blocks.consistency._transforms import trivial_augment_draws as trivial_augment_draws
+from problems.blocks.consistency._transforms import weak as weak
+from problems.blocks.consistency._transforms import weak_draws as weak_draws
