@@ -158,6 +158,36 @@ def test_folders_of_another_specification_are_refused_with_the_difference(table)
     assert table(*BOTH, "2", "checkpoint.every=9", "--quiet") == (0, "", "")  # that decides no number
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("summary.json", "", "damaged: Expecting value"),
+        ("summary.json", "[]", "damaged: expected a mapping"),
+        ("summary.json", "{}", "damaged: 'selected' is missing"),
+        ("failed.json", '{"code": 1}', "damaged: 'reason' is missing"),
+    ],
+)
+def test_a_damaged_file_of_a_cell_is_named(table, file, text, said) -> None:
+    table("plain.yaml", "--seeds", "1")
+    cell = Path("runs/table/plain/seed-0")
+    (cell / "summary.json").unlink()
+    if text == "{}":
+        text = json.dumps({"spec_hash": json.loads((cell / "run.json").read_text())["spec_hash"]})
+    (cell / file).write_text(text)
+    code, _, err = table("plain.yaml", "--seeds", "1")
+    assert code == 2
+    assert f"{cell / file}: {said}" in err
+
+
+def test_a_failure_told_by_another_version_is_one(table) -> None:
+    table("plain.yaml", "--seeds", "1")
+    cell = Path("runs/table/plain/seed-0")
+    (cell / "summary.json").unlink()
+    (cell / "failed.json").write_text('{"code": 3, "reason": "too large", "moon": "full"}')
+    code, out, _ = table("plain.yaml", "--seeds", "1")
+    assert (code, "plain, seed 0, failed (exit code 3): too large" in out) == (3, True)
+
+
 def test_a_cell_whose_process_died_before_it_began_is_begun_and_a_strange_folder_is_left_alone(table) -> None:
     half, strange = Path("runs/table/plain/seed-0"), Path("runs/table/plain/seed-1")
     table("plain.yaml", "--seeds", "1", "--quiet", "--out", "other")
