@@ -260,6 +260,16 @@ def test_a_mistake_is_answered_with_2_before_anything_is_run(table, tmp_path, ar
     assert not list(tmp_path.glob("runs/table/*/*/checkpoint"))
 
 
+def test_a_change_that_does_not_fit_one_of_the_graphs_says_which(table) -> None:
+    code, _, err = table("plain.yaml", "first.yaml", "--seeds", "1", "start.upper.with.iterations=2")
+    assert code == 2
+    assert err.startswith("plain.yaml: <override start.upper.with.iterations=2>: start.upper: 'graph' is missing")
+    code, _, err = table("plain.yaml", "slower.yaml", "--seeds", "1", "start.upper.with.iterations=2")
+    assert code == 2
+    assert err.startswith("<override start.upper.with.iterations=2>: start.upper: 'graph' is missing")
+    assert err.count("'graph' is missing") == 1
+
+
 def test_a_metric_that_is_not_there_is_refused_and_what_was_run_stays(table) -> None:
     assert table(*BOTH, "1", "--quiet")[0] == 0
     code, out, err = table(*BOTH, "2", "--metric", "test.distanc")
