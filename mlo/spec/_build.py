@@ -419,6 +419,9 @@ class _Durations:
             return 1
         levels = self.spec.levels.values() if level is None or duration.of is not None else [level]
         lengths = [length for each in levels for length in self._lengths(each, duration.of)]
+        if not lengths and duration.of is not None and self.streams[duration.of].draws_per_epoch() is not None:
+            self.faults.append(Fault((*path, "of"), f"no level's batch is drawn from stream '{duration.of}'."))
+            return 1
         if not lengths:
             self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
             return 1

@@ -15,6 +15,7 @@ import mlo
 from mlo.hypergradient import ConjugateGradient, Exact, FirstOrder, Neumann
 from problems import madao
 from problems.blocks.augmentation import OPERATIONS, Policy, draws_for
+from problems.blocks.image_sets import image_sets, in_order
 from problems.blocks.scores import classification_scores
 
 ROOT = Path(__file__).parent.parent.parent
@@ -355,3 +356,48 @@ class _Dark(dict[str, Tensor]):
 
     def __call__(self, shown: Tensor, draws: object) -> Tensor:
         return 0.5 * shown
+
+
+SETTINGS = {"fraction": 0.35, "validation": 0.3}
+
+
+@pytest.mark.parametrize("name", ["train", "real", "validation"])
+def test_a_stream_draws_every_image_of_its_own_part_and_no_other(name: str) -> None:
+    _, problem = mlo.load(MADAO, "dtype=float64", "seed=3").build()
+    parts = image_sets("digits", seed=3, **SETTINGS)
+    stream = problem.streams[name]
+    assert isinstance(stream, mlo.stream.AbstractStream)
+    drawn = [stream.draw(mlo.stream.Draw(3, name, iteration)) for iteration in range(1, 12)]
+    seen = {row for batch in drawn for row in rows(batch["images"])}
+    wanted = parts.validation if name == "validation" else parts.train
+    (everything,) = in_order(wanted, size=1000, device=torch.device("cpu"), dtype=torch.float64)
+    assert seen == set(rows(everything["images"]))
+
+
+def test_a_network_is_judged_on_running_statistics_on_the_images_that_the_split_names() -> None:
+    _, problem = mlo.load(MADAO, "dtype=float64", "seed=3").build()
+    parts = image_sets("digits", seed=3, **SETTINGS)
+    assert problem.evaluate is not None
+    for split, part in (("validation", parts.validation), ("test", parts.test)):
+        network = _Watched()
+        problem.evaluate({"classifier": network}, split, model=("classifier",), totals={}, complete=False)
+        (everything,) = in_order(part, size=1000, device=torch.device("cpu"), dtype=torch.float64)
+        assert torch.equal(torch.cat(network.shown), everything["images"])
+        assert network.training == {False}
+
+
+def rows(shown: Tensor) -> list[bytes]:
+    return [image.numpy().tobytes() for image in shown]
+
+
+class _Watched(dict[str, Tensor]):
+    """Stands for a network, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown, self.training = list[Tensor](), set[bool]()
+
+    def __call__(self, shown: Tensor, *, training: bool) -> Tensor:
+        self.shown.append(shown)
+        self.training.add(training)
+        return shown.flatten(1)[:, :10]

@@ -25,7 +25,7 @@ def build(settings: mlo.Settings, context: mlo.Context) -> mlo.Problem:
     return mlo.Problem(
         variables={"network": network, "policy": policy},
         objectives={"fit": fit, "judge": judge},
-        streams={"train": mlo.stream.Shuffled(data, size=10), "same": mlo.stream.Constant(data)},
+        streams={"train": mlo.stream.Shuffled(data, size=10), "spare": mlo.stream.Shuffled(data, size=10), "same": mlo.stream.Constant(data)},
     )
 
 
@@ -186,6 +186,8 @@ WRONG = [
      "6:30: levels.w.objective.fit.power: expected a whole number, got {cosine: {start: 1, over: 9}}."),
     ("iterations: 6", "iterations: {epochs: 2, of: trian}",
      "2:29: iterations.of: no stream named 'trian'. Did you mean 'train'?"),
+    ("iterations: 6", "iterations: {epochs: 2, of: spare}",
+     "2:29: iterations.of: no level's batch is drawn from stream 'spare'."),
     ("    batch: train\n    optimizer: {sgd: {learning_rate: 0.1",
      "    optimizer: {sgd: {learning_rate: {cosine: {start: 1, over: {epochs: 2}}}",
      "8:17: levels.w.optimizer: there is no stream with an end to count passes over; give iterations."),
