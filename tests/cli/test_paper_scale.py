@@ -49,7 +49,8 @@ def test_a_graph_holds_what_the_paper_states(name: str):
     cosine = classifier.optimizer.options["learning_rate"]["cosine"]
     assert cosine["over"] == {"epochs": epochs}
     assert classifier.hypergradient is not None
-    series = {"terms": 5, "step_size": 1e-3, "compare": "first_order"}  # J, α, and what is recorded beside
+    series = {"terms": 5, "step_size": 1e-3, "compare": "first_order", "measure_curvature": True}
+    # J, α, and what is recorded beside
     assert classifier.hypergradient.yaml() == {"neumann": series}
     assert (policy.every, policy.warm_up) == (60, Epochs(epochs=30, of="train"))
     assert policy.variables is not None

@@ -230,9 +230,9 @@ def test_the_policy_waits_for_w_iterations_and_then_moves_in_every_s_th(tmp_path
     assert (run.folder / "pictures" / "augmented_by_policy.png").is_file()
     assert run.summary["counts"] == {
         "gradients": 39,
-        "products": 14,
+        "products": 23,
         "pullbacks": 2,
-    }  # 35 + 2·2; 2·(J + 2), one of them to compare
+    }  # 35 + 2·2; 2·(J + 2), one of them to compare, and 8 + 1 to measure the curvature
 
 
 @pytest.mark.parametrize("part", ["selection", "magnitude", "probability"])
