@@ -9,10 +9,10 @@ run: .venv/.run
 	$(BIN)/python -m mlo run graphs/needs_aware.yaml
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: .venv/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist load
 
 bench: .venv/.test
 	$(BIN)/python -m pytest -q -o python_functions='case_*' tests/benchmarks/bench_cases.py

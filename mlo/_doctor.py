@@ -21,7 +21,7 @@ from mlo.spec import load, shipped_graphs
 from mlo.spec._problems import problem_module, problem_names
 
 _PACKAGES = ("torch", "numpy", "pydantic", "pydantic-core", "PyYAML", "networkx", "safetensors", "scikit-learn")
-_MORE = ("torchmetrics", "tensorboard", "typer", "rich", "pillow")
+_MORE = ("torchmetrics", "tensorboard", "typer", "rich", "pillow", "kornia")
 _ROOM = 200 * 2**20  # bytes: a run of needs_aware with its start keeps some twenty megabytes
 
 
@@ -109,11 +109,15 @@ def _devices(torch: Any) -> Iterator[Finding]:
 def _torchvision() -> Iterator[Finding]:
     version = _version("torchvision")
     if version is None:
-        yield Finding("torchvision", "not installed; nothing here needs it")
+        yield Finding("torchvision", "not installed; images from disk need it", Blame.INSTALLATION)
         return
     failure = _failure(lambda: importlib.import_module("torchvision"))
     if failure is None:
         yield Finding("torchvision", version)
+        return
+    if "torchvision::nms does not exist" in failure:  # what shipped problems do without: they use none of its operators
+        found = f"{version} without its operators, which were built for another torch; nothing here needs them"
+        yield Finding("torchvision", found, Blame.NOTICE)
         return
     advice = ""
     if "torchvision::" in failure or "undefined symbol" in failure:

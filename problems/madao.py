@@ -66,6 +66,9 @@ class Data(mlo.Settings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
+    for key in ("batch_size", "stages"):
+        if getattr(settings, key) < 1:
+            raise ValueError(f"{key} is {getattr(settings, key)}; it must be at least 1")
     found = image_sets(
         settings.source,
         root=settings.root,
@@ -234,7 +237,7 @@ def trace(policy: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """π, μ and p of a policy by name, stage (from 1) and operation: `magnitude.2.rotate`. π sums to 1 in each stage."""
     found: dict[str, Tensor] = {}
     for quantity, constrained in QUANTITIES.items():
-        for stage, row in enumerate(constrained(policy[quantity].detach()), start=1):
+        for stage, row in enumerate(constrained(_part(policy, quantity).detach()), start=1):
             found |= {f"{quantity}.{stage}.{name}": value for name, value in zip(OPERATIONS, row, strict=True)}
     return found
 
@@ -244,10 +247,21 @@ def policy_table(policy: Mapping[str, Tensor], *, title: str) -> mlo.Table:
     values = {
         f"{symbol} {stage}": row.tolist()
         for quantity, symbol in (("selection", "π"), ("magnitude", "μ"), ("probability", "p"))
-        for stage, row in enumerate(QUANTITIES[quantity](policy[quantity]), start=1)
+        for stage, row in enumerate(QUANTITIES[quantity](_part(policy, quantity)), start=1)
     }
     rows = tuple(zip(OPERATIONS, *values.values(), strict=True))
     return mlo.Table(title=title, columns=("operation", *values), rows=rows)
+
+
+def _part(policy: Mapping[str, Tensor], quantity: str) -> Tensor:
+    """A parameter of a policy before its constraint; one that a graph freezes (`freeze: [magnitude]`) is a buffer."""
+    frozen = policy.buffers if isinstance(policy, mlo.ModuleVariables) else {}
+    return policy[quantity] if quantity in policy else frozen[quantity]
+
+
+def _is_policy(values: Mapping[str, Tensor]) -> bool:
+    frozen = values.buffers if isinstance(values, mlo.ModuleVariables) else {}
+    return all(quantity in values or quantity in frozen for quantity in QUANTITIES)
 
 
 def _judged(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,6 +313,11 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         totals: Mapping[str, Mapping[str, Tensor]],
         complete: bool,
     ) -> mlo.Evaluation:
+        for name in model:
+            if _is_policy(values[name]):
+                raise mlo.UserError(
+                    f"evaluation.model: level '{name}' is a policy and classifies nothing; name levels with a network"
+                )
         best = model[0] if len(model) == 1 else max(model, key=lambda name: accuracy(values[name]))
         labels = parts[split].labels.to(context.device)
         judged = logits(values[best], split)
@@ -307,7 +326,7 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
             metrics["top5"] = 100 * (judged.topk(5).indices == labels[:, None]).any(1).double().mean().item()
         if len(model) > 1:
             metrics["chosen"] = float(model.index(best) + 1)
-        policies = [name for name in values if name == "policy" or name.endswith("_policy")]
+        policies = [name for name in values if _is_policy(values[name])]
         if not complete:
             return mlo.Evaluation(metrics=metrics)
         return mlo.Evaluation(

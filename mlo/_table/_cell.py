@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import yaml
 
@@ -20,6 +20,8 @@ FAILED = "failed.json"
 NUMBERS = 3
 """The exit code of numbers that went wrong, which they would again."""
 _NOT_COMPARED = ("name", "checkpoint", "start")
+_SUMMARY = ("selected", "metrics", "counts", "versions", "git_commit", "spec_hash", "seconds")
+"""What a table takes from the summary of a run."""
 _SHOWN = 5
 """Differences that are named; the rest is counted."""
 
@@ -87,12 +89,13 @@ def standing(cell: Cell) -> Finished | Failure | None:
             f"{cell.folder}: holds another run than is asked for:\n  {lines}\n"
             "  Choose another folder with --out, or remove this one."
         )
-    summary = _json(cell.folder / "summary.json")
+    summary = _json(cell.folder / "summary.json", _SUMMARY)
     if summary is not None:
         return Finished(cell.folder, summary)
-    failed = _json(cell.folder / FAILED)
+    failed = _json(cell.folder / FAILED, ("code", "reason"))
     if failed is not None:
-        given: dict[str, Any] = {key: each for key, each in failed.items() if key != "spec_hash"}
+        known = {each.name for each in fields(Failure)}
+        given: dict[str, Any] = {key: each for key, each in failed.items() if key in known}
         return Failure(**given)
     return None
 
@@ -156,10 +159,17 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes())
+        found: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path}: damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected a mapping")
+    table = cast("dict[str, Any]", found)
+    for key in keys:
+        if key not in table:
+            raise UserError(f"{path}: damaged: '{key}' is missing")
+    return table

@@ -18,7 +18,7 @@ from mlo._errors import MachineError, MloError, SpecError, UserError
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import name_of
 from mlo._table._cell import refuse_others, standing
-from mlo._table._plan import Cell, Plan, Request, plan
+from mlo._table._plan import Cell, Plan, Request, plan, told
 from mlo._table._work import Event, Kind, Say, forget_failures, work
 from mlo.spec._build import assemble
 
@@ -58,17 +58,16 @@ def make(request: Request, planned: Plan, say: Say, *, jobs: int = 1, patient: b
 
 def _check(missing: Sequence[Cell]) -> None:
     """Build every graph once, so that a mistake in the last one is found before hours are spent on the others."""
-    errors: list[UserError] = []
-    for cell in {cell.graph: cell for cell in reversed(missing)}.values():
+    errors: dict[str, list[str]] = {}
+    firsts = {cell.graph: cell for cell in reversed(missing)}
+    for cell in firsts.values():
         try:
             if assemble(cell.spec).problem.evaluate is None:
                 raise UserError(f"{cell.graph}: its problem evaluates nothing, so there is nothing to compare")
         except UserError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
+            errors.setdefault(str(error), []).append(cell.graph)
     if errors:
-        raise SpecError("\n".join(dict.fromkeys(map(str, errors))))
+        raise SpecError(told(errors, len(firsts)))
 
 
 def _work_in_processes(request: Request, say: Say, *, jobs: int, patient: bool) -> list[str]:

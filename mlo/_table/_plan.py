@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,12 +85,12 @@ def plan(request: Request) -> Plan:
             raise UserError(f"{change}: the seeds of a table are those of --seeds")
     graphs: dict[str, Spec] = {}
     files: dict[str, str] = {}
-    mistakes: list[str] = []
+    mistakes: dict[str, list[str]] = {}
     for text in request.graphs:
         try:
             spec = load(text, *request.changes, imports=request.imports)
         except SpecError as error:
-            mistakes.append(str(error))
+            mistakes.setdefault(str(error), []).append(text)
             continue
         place = _folder_name(spec.name).casefold()
         if place in files:
@@ -101,13 +102,22 @@ def plan(request: Request) -> Plan:
             raise UserError(f"{text}: has no `evaluation`, so there is nothing to compare")
         files[place], graphs[spec.name] = text, spec
     if mistakes:
-        raise SpecError("\n".join(dict.fromkeys(mistakes)))
+        raise SpecError(told(mistakes, len(request.graphs)))
     cells = tuple(
         Cell(name, seed, spec.replaced(f"seed={seed}"), request.out / _folder_name(name) / f"seed-{seed}")
         for seed in request.seeds
         for name, spec in graphs.items()
     )
     return Plan(out=request.out, graphs=tuple(graphs), seeds=request.seeds, cells=cells)
+
+
+def told(mistakes: Mapping[str, Sequence[str]], graphs: int) -> str:
+    """Every mistake once, with the graphs that have it where not all of `graphs` do and a change shows none."""
+
+    def line(mistake: str, where: Sequence[str]) -> str:
+        return f"{', '.join(where)}: {mistake}" if mistake.startswith("<") and len(where) < graphs else mistake
+
+    return "\n".join(line(mistake, where) for mistake, where in mistakes.items())
 
 
 def control_of(plan: Plan, against: str | None) -> str:

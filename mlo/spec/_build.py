@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import nn
 
 from mlo import _random, _structure
 from mlo._compiled import EAGER, NO_COMPILER
-from mlo._errors import GraphError
+from mlo._errors import GraphError, SpecError, UserError
 from mlo._graph import Graph, free, misfits, numbers_of, objections, unfit
 from mlo._level import Level
 from mlo._problem import Context, Problem, Settings
@@ -131,8 +132,10 @@ def problem_of(spec: Spec, context: Context) -> Problem:
         spec.fail([Fault(("problem",), f"{where}: must be called build(settings, context): {error}.")])
     try:
         problem = build(settings, context)
-    except ValueError as error:  # what a problem says of its own settings
-        key = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
+    except SpecError:  # has its places
+        raise
+    except (ValueError, UserError) as error:  # what a problem says of its own settings
+        key = _first_name(error)
         spec.fail([Fault(("data", key) if key in spec.data else ("data",), str(error))])
         raise
     spec.fail(Fault(("problem",), f"{where}: {mistake}.") for mistake in _mistakes(problem))
@@ -219,7 +222,7 @@ def _level(
         with _random.preserved():
             _random.reseed(_random.key(context.seed, "variables", level.name))
             made = variables()
-    except ValueError as error:  # what a builder says of its own options
+    except (ValueError, UserError) as error:  # what a builder says of its own options
         faults.append(_refused(error, variables, level))
         return None
     made = _placed(made, context)
@@ -279,9 +282,15 @@ def _bound(
     return None if wrong else _Bound(found, options)
 
 
-def _refused(error: ValueError, variables: _Bound, level: LevelSpec) -> Fault:
+def _first_name(error: Exception) -> str:
+    """The setting that a message begins with: `width is 0; …`, `'width': …`, `width=0: …`."""
+    found = re.match(r"[`'\"]?(\w+)", str(error))
+    return found[1] if found else ""
+
+
+def _refused(error: ValueError | UserError, variables: _Bound, level: LevelSpec) -> Fault:
     """What a builder of variables says, at the option that its first word names."""
-    first = str(error).split(maxsplit=1)[0].strip("`'\":,") if str(error) else ""
+    first = _first_name(error)
     choice = level.variables
     inside = (choice.name, first) if choice is not None and first in variables.options else ()
     return Fault(("levels", level.name, "variables", *inside), f"{error}{'' if str(error).endswith('.') else '.'}")
@@ -410,6 +419,9 @@ class _Durations:
             return 1
         levels = self.spec.levels.values() if level is None or duration.of is not None else [level]
         lengths = [length for each in levels for length in self._lengths(each, duration.of)]
+        if not lengths and duration.of is not None and self.streams[duration.of].draws_per_epoch() is not None:
+            self.faults.append(Fault((*path, "of"), f"no level's batch is drawn from stream '{duration.of}'."))
+            return 1
         if not lengths:
             self.faults.append(Fault(path, "there is no stream with an end to count passes over; give iterations."))
             return 1

@@ -39,10 +39,11 @@ def _torchmetrics() -> ModuleType:
 def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
     """Accuracies in percent, and calibration, of logits [n, classes] for labels [n].
 
-    `balanced_accuracy` is the mean over classes, `top1` over samples, `class_deviation` the standard deviation of the
-    classes' accuracies (population), `calibration_error` the expected one over 15 bins (Guo et al. 2017, Eq. 3).
+    `balanced_accuracy` is the mean over the classes that labels name, `top1` over samples, `class_deviation` the standard
+    deviation of these classes' accuracies (population), `calibration_error` the expected one over 15 bins (Guo et al. 2017,
+    Eq. 3).
     """
-    per_class = class_accuracies(logits, labels)
+    per_class = class_accuracies(logits, labels)[labels.bincount(minlength=logits.shape[1]) > 0]
     probabilities = logits.softmax(1)
     metrics = {
         "balanced_accuracy": per_class.mean().item(),
@@ -57,7 +58,7 @@ def classification_scores(logits: Tensor, labels: Tensor) -> mlo.Evaluation:
 
 
 def class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of each class that is classified right, in percent, [classes]."""
+    """The share of each class that is classified right, in percent, [classes]; 0 for a class without samples."""
     return (
         100 * _torchmetrics().multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="none").double()
     )

@@ -35,13 +35,30 @@ def broken(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", imported)
 
 
+def test_a_torchvision_without_its_operators_is_worth_knowing_and_nothing_more(mlo_command, monkeypatch):
+    broken("torchvision", "operator torchvision::nms does not exist", monkeypatch)
+    code, out, _ = mlo_command("doctor")
+    assert code == 0
+    assert "? torchvision  " in out
+    assert "without its operators" in out
+    assert out.splitlines()[-1] == "all is well"
+
+
+def test_a_torchvision_that_is_not_there_is_the_installation(mlo_command, monkeypatch):
+    true = mlo._doctor._version
+    monkeypatch.setattr(mlo._doctor, "_version", lambda name: None if name == "torchvision" else true(name))
+    code, out, _ = mlo_command("doctor")
+    assert code == 2
+    assert "! torchvision  not installed; images from disk need it" in out
+
+
 def test_a_broken_torchvision_is_the_installation(mlo_command, monkeypatch):
     true = mlo._doctor._version
     monkeypatch.setattr(mlo._doctor, "_version", lambda name: "0.28.0" if name == "torchvision" else true(name))
-    broken("torchvision", "operator torchvision::nms does not exist", monkeypatch)
+    broken("torchvision", "_C.so: undefined symbol: _ZN5torch3jit17parseSchema", monkeypatch)
     code, out, _ = mlo_command("doctor")
     assert code == 2
-    assert "! torchvision  0.28.0 cannot be imported: RuntimeError: operator torchvision::nms does not exist" in out
+    assert "! torchvision  0.28.0 cannot be imported: RuntimeError: _C.so: undefined symbol" in out
     assert "it was built for another torch" in out
     assert out.splitlines()[-1] == "1 thing is wrong, marked with !"
 

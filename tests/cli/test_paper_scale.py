@@ -49,7 +49,9 @@ def test_a_graph_holds_what_the_paper_states(name: str):
     cosine = classifier.optimizer.options["learning_rate"]["cosine"]
     assert cosine["over"] == {"epochs": epochs}
     assert classifier.hypergradient is not None
-    assert classifier.hypergradient.yaml() == {"neumann": {"terms": 5, "step_size": 1e-3}}
+    series = {"terms": 5, "step_size": 1e-3, "compare": "first_order", "measure_curvature": True}
+    # J, α, and what is recorded beside
+    assert classifier.hypergradient.yaml() == {"neumann": series}
     assert (policy.every, policy.warm_up) == (60, Epochs(epochs=30, of="train"))
     assert policy.variables is not None
     assert policy.variables.yaml() == {"policy": {"stages": 2, "temperature": 0.1, "initial": 0.5}}

@@ -14,6 +14,7 @@ from quadratics import DESCENT, SHAPES, SIZE, Quadratics
 from torch import Tensor
 
 import mlo
+from mlo._linearisation import Linearisation
 from mlo.hypergradient import (
     AbstractInverse,
     AbstractLinearisation,
@@ -392,3 +393,34 @@ def test_an_inverse_composes_with_central_differences_and_is_pure(inverse):
 def test_settings_that_mean_nothing_are_refused(make, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         make()
+
+
+@pytest.mark.parametrize("eigenvalues", [(2.0, 1.0, 0.5, 0.1), (2.0, 1.0, 0.5, -0.1)])
+@pytest.mark.parametrize("iterations", [2, 3])
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_quotients_of_conjugate_gradients_are_those_of_their_directions(
+    eigenvalues, iterations, looks, monkeypatch
+):
+    """Directions of the printed recurrence, each measured by itself; with every number looked at, and with none."""
+    if not looks:
+        monkeypatch.setattr(Linearisation, "known", lambda self, value: None)
+    h, target = spectral(*eigenvalues), normal(4, seed=1)
+    residual = direction = target
+    quotients, solution = [], torch.zeros(4)
+    for _ in range(iterations):
+        curvature = direction @ h @ direction
+        quotients.append((curvature / (direction @ direction)).item())
+        if curvature <= 0:
+            break
+        step = (residual @ residual) / curvature
+        solution = solution + step * direction
+        after = residual - step * h @ direction
+        direction = after + (after @ after) / (residual @ residual) * direction
+        residual = after
+    graph = level(h, ConjugateGradient(iterations=iterations), target)
+    report = reported(graph)
+    assert report["lambda_max"] == pytest.approx(max(quotients), rel=1e-9)
+    assert report["lambda_min"] == pytest.approx(min(quotients), rel=1e-9)
+    assert report["residual"] == pytest.approx((residual.norm() / target.norm()).item(), rel=1e-9)
+    assert report["negative_curvature"] == (min(quotients) <= 0)
+    assert relative_error(graph.hypergradient("u", graph.init()), solution) <= 1e-10

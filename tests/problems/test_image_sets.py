@@ -165,10 +165,17 @@ def test_a_pass_draws_every_image_once():
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn", "flowers"])
-def test_training_images_are_augmented_and_no_others(name: str, opened: Open):
-    found = opened(name, size=None if name != "flowers" else 16)
-    assert found.train.augmented
-    assert not any(part.augmented for part in (found.validation, found.test, found.rest))
+def test_training_images_are_augmented_and_no_others(name: str, tmp_path: Path):
+    write(name, tmp_path, patches=True)
+    size = None if name != "flowers" else 16
+    found = image_sets(name, root=tmp_path, seed=0, complete=False, size=size, fraction=0.8)
+    for part, plain in ((found.train, False), (found.validation, True), (found.test, True), (found.rest, True)):
+        if len(part) == 0:
+            continue
+        assert part.augmented is not plain
+        batches = stream(part, size=len(part), device=CPU, dtype=torch.float64)
+        drawn = {image.numpy().tobytes() for image in batches.draw(mlo.stream.Draw(0, "any", 1))["images"]}
+        assert (drawn == {image.numpy().tobytes() for image in whole(part)}) is plain
 
 
 def test_held_images_are_shifted_and_mirrored_as_their_draws_say():
@@ -291,6 +298,25 @@ def test_a_broken_file_is_named_as_such(opened: Open, tmp_path: Path):
     whole_file.write_bytes(whole_file.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cifar10 cannot be read \(.*expected under the root"):
         image_sets("cifar10", root=tmp_path, seed=0, complete=False)
+
+
+BROKEN = [
+    ("svhn", "train_32x32.mat", b""),
+    ("svhn", "train_32x32.mat", b"<html><body>404 not found</body></html>\n"),
+    ("flowers", "flowers-102/imagelabels.mat", b""),
+    ("cars", "stanford_cars/devkit/cars_train_annos.mat", b""),
+    ("cifar10", "cifar-10-batches-py/data_batch_1", b"cnumby\narray\n."),
+    ("cifar10", "cifar-10-batches-py/data_batch_1", b"cnumpy\nno_such_array\n."),
+    ("cifar10", "cifar-10-batches-py/test_batch", b"."),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content"), BROKEN)
+def test_whatever_is_in_a_broken_file_the_answer_is_the_layout(name: str, file: str, content: bytes, tmp_path: Path):
+    write(name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"root is '{tmp_path}': {name} cannot be read \(.*expected under the root"):
+        image_sets(name, root=tmp_path, seed=0, complete=False)
 
 
 def test_a_listed_image_that_is_missing_is_named_before_any_is_drawn(tmp_path: Path):

@@ -15,6 +15,8 @@ import mlo
 from mlo.hypergradient import ConjugateGradient, Exact, FirstOrder, Neumann
 from problems import madao
 from problems.blocks.augmentation import OPERATIONS, Policy, draws_for
+from problems.blocks.image_sets import image_sets, in_order
+from problems.blocks.scores import classification_scores
 
 ROOT = Path(__file__).parent.parent.parent
 MADAO = ROOT / "graphs" / "madao.yaml"
@@ -226,7 +228,57 @@ def test_the_policy_waits_for_w_iterations_and_then_moves_in_every_s_th(tmp_path
     assert table["columns"] == ["operation", "π 1", "π 2", "μ 1", "μ 2", "p 1", "p 2"]
     assert [row[0] for row in table["rows"]] == list(OPERATIONS)
     assert (run.folder / "pictures" / "augmented_by_policy.png").is_file()
-    assert run.summary["counts"] == {"gradients": 39, "products": 12, "pullbacks": 2}  # 35 + 2·2; 2·(J + 1)
+    assert run.summary["counts"] == {
+        "gradients": 39,
+        "products": 23,
+        "pullbacks": 2,
+    }  # 35 + 2·2; 2·(J + 2), one of them to compare, and 8 + 1 to measure the curvature
+
+
+@pytest.mark.parametrize("part", ["selection", "magnitude", "probability"])
+def test_a_policy_of_which_a_part_is_frozen_is_traced_whole(tmp_path: Path, part: str) -> None:
+    changes = ("iterations=2", "levels.policy.warm_up=0", "levels.policy.every=1", f"levels.policy.freeze=[{part}]")
+    run = mlo.run(mlo.load(MADAO, *changes, "evaluation.every=2"), tmp_path / "run", quiet=True)
+    first, second = (line["measured"]["policy"] for line in run.metrics if "losses" in line)
+    assert len(first) == 84
+    moved = {name.partition(".")[0] for name in first if first[name] != second[name]}
+    assert moved == {"selection", "magnitude", "probability"} - {part}
+    assert len(run.summary["tables"][0]["columns"]) == 7
+
+
+@pytest.mark.parametrize("model", ["[policy]", "[classifier, policy]", "null"])
+def test_a_policy_is_no_model_to_evaluate(tmp_path: Path, model: str) -> None:
+    spec = mlo.load(MADAO, "iterations=1", f"evaluation.model={model}")
+    with pytest.raises(mlo.UserError, match=r"evaluation\.model: level 'policy' is a policy and classifies nothing"):
+        mlo.run(spec, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ("data.batch_size=0", "data.batch_size: batch_size is 0; it must be at least 1"),
+        ("data.stages=0", "data.stages: stages is 0; it must be at least 1"),
+        (
+            "levels.policy.variables.policy.stages=3",
+            "levels.policy.variables.policy.stages: stages=3, and noise is drawn for 2",
+        ),
+        (
+            "levels.policy.variables.policy.initial=1",
+            "levels.policy.variables.policy.initial: initial=1.0: probabilities",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_told_at_its_place(change: str, place: str) -> None:
+    with pytest.raises(mlo.SpecError) as caught:
+        mlo.load(MADAO, change).build()
+    assert f"{place}" in str(caught.value)
+
+
+def test_a_class_that_no_sample_has_does_not_count_as_one_that_is_always_mistaken() -> None:
+    logits = torch.eye(10)[torch.tensor([0, 0, 1, 3])]
+    metrics = classification_scores(logits, torch.tensor([0, 0, 1, 2])).metrics
+    assert metrics["balanced_accuracy"] == pytest.approx(200 / 3)
+    assert metrics["class_deviation"] == pytest.approx(100 * (2 / 9) ** 0.5)
 
 
 def test_a_trial_of_randaugment_has_one_magnitude_of_thirty_chosen_by_seed_and_level() -> None:
@@ -282,3 +334,70 @@ def test_the_critics_loss_in_closed_form() -> None:
     recognised = cross_entropy(batch["real"]["images"].flatten(1) @ weight[:4].T, batch["real"]["labels"])
     torch.testing.assert_close(measured["distance"], distance)
     torch.testing.assert_close(loss, 3.0 * (weight[4].norm() - 1) ** 2 + recognised - distance)
+
+
+def test_the_policys_loss_beside_a_critic_in_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 64, generator=generator)  # four classes and c
+    values = {"critic": lambda shown: shown.flatten(1) @ weight.T, "policy": _Dark()}
+    batch = {"train": images(1), "augmentation_noise": {}}
+    loss, measured = madao.imitation(values, batch, weight=0.3)
+    outputs = 0.5 * batch["train"]["images"].flatten(1) @ weight.T
+    recognised = cross_entropy(outputs[:, :4], batch["train"]["labels"])
+    torch.testing.assert_close(loss, 0.3 * recognised - outputs[:, 4].mean())
+    torch.testing.assert_close(measured["recognition"], recognised)
+
+
+class _Dark(dict[str, Tensor]):
+    """Stands for a policy that halves every image."""
+
+    def __init__(self) -> None:
+        super().__init__(Policy(stages=STAGES).named_parameters())
+
+    def __call__(self, shown: Tensor, draws: object) -> Tensor:
+        return 0.5 * shown
+
+
+SETTINGS = {"fraction": 0.35, "validation": 0.3}
+
+
+@pytest.mark.parametrize("name", ["train", "real", "validation"])
+def test_a_stream_draws_every_image_of_its_own_part_and_no_other(name: str) -> None:
+    _, problem = mlo.load(MADAO, "dtype=float64", "seed=3").build()
+    parts = image_sets("digits", seed=3, **SETTINGS)
+    stream = problem.streams[name]
+    assert isinstance(stream, mlo.stream.AbstractStream)
+    drawn = [stream.draw(mlo.stream.Draw(3, name, iteration)) for iteration in range(1, 12)]
+    seen = {row for batch in drawn for row in rows(batch["images"])}
+    wanted = parts.validation if name == "validation" else parts.train
+    (everything,) = in_order(wanted, size=1000, device=torch.device("cpu"), dtype=torch.float64)
+    assert seen == set(rows(everything["images"]))
+
+
+def test_a_network_is_judged_on_running_statistics_on_the_images_that_the_split_names() -> None:
+    _, problem = mlo.load(MADAO, "dtype=float64", "seed=3").build()
+    parts = image_sets("digits", seed=3, **SETTINGS)
+    assert problem.evaluate is not None
+    for split, part in (("validation", parts.validation), ("test", parts.test)):
+        network = _Watched()
+        problem.evaluate({"classifier": network}, split, model=("classifier",), totals={}, complete=False)
+        (everything,) = in_order(part, size=1000, device=torch.device("cpu"), dtype=torch.float64)
+        assert torch.equal(torch.cat(network.shown), everything["images"])
+        assert network.training == {False}
+
+
+def rows(shown: Tensor) -> list[bytes]:
+    return [image.numpy().tobytes() for image in shown]
+
+
+class _Watched(dict[str, Tensor]):
+    """Stands for a network, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown, self.training = list[Tensor](), set[bool]()
+
+    def __call__(self, shown: Tensor, *, training: bool) -> Tensor:
+        self.shown.append(shown)
+        self.training.add(training)
+        return shown.flatten(1)[:, :10]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlo
-from problems.blocks.networks import DenseNet, Normalise, SmallCNN, WideResNet, normalised, resnet
+from problems.blocks.networks import DenseNet, Normalise, SmallCNN, SmoothCNN, WideResNet, normalised, resnet
 
 Build = Callable[..., nn.Module]
 
@@ -183,6 +183,10 @@ def test_normalise_centres_and_scales_each_channel():
         (partial(DenseNet, depth=41), r"depth is 41; it must be 6n \+ 4"),
         (partial(DenseNet, depth=41, bottleneck=False), r"depth is 41; it must be 3n \+ 4"),
         (partial(DenseNet, compression=0.0), r"compression is 0.0; it must be above 0"),
+        (partial(WideResNet, width=0), r"width is 0; it must be at least 1"),
+        (partial(SmallCNN, width=-1), r"width is -1; it must be at least 1"),
+        (partial(SmoothCNN, width=0), r"width is 0; it must be at least 1"),
+        (partial(DenseNet, growth=0), r"growth is 0; it must be at least 1"),
         (partial(Normalise, mean=(0.5,), deviation=(0.5, 0.5)), r"a mean and a positive deviation for each channel"),
         (partial(Normalise, mean=(0.5,), deviation=(0.0,)), r"a mean and a positive deviation for each channel"),
     ],

@@ -25,7 +25,7 @@ def build(settings: mlo.Settings, context: mlo.Context) -> mlo.Problem:
     return mlo.Problem(
         variables={"network": network, "policy": policy},
         objectives={"fit": fit, "judge": judge},
-        streams={"train": mlo.stream.Shuffled(data, size=10), "same": mlo.stream.Constant(data)},
+        streams={"train": mlo.stream.Shuffled(data, size=10), "spare": mlo.stream.Shuffled(data, size=10), "same": mlo.stream.Constant(data)},
     )
 
 
@@ -36,6 +36,8 @@ def network():
 def policy(*, initial: float = 0.5, length: int = 3):
     if length != 3:
         raise ValueError(f"length is {length}; it must be 3" if length > 0 else "too short")
+    if initial < 0:
+        raise mlo.UserError(f"initial={initial}: it must be at least 0")
     return {"p": torch.full((3,), initial), "mu": torch.zeros(2)}
 
 
@@ -176,12 +178,16 @@ WRONG = [
     ("variables: policy", "variables: {policy: {length: 4}}",
      "11:34: levels.u.variables.policy.length: length is 4; it must be 3."),
     ("variables: policy", "variables: {policy: {length: 0}}", "11:17: levels.u.variables: too short."),
+    ("variables: policy", "variables: {policy: {initial: -1}}",
+     "11:35: levels.u.variables.policy.initial: initial=-1.0: it must be at least 0."),
     ("objective: fit", "objective: {fit: {weight: {cosin: {start: 1}}}}",
      "6:31: levels.w.objective.fit.weight: no schedule named 'cosin'. Did you mean 'cosine'?"),
     ("objective: fit", "objective: {fit: {power: {cosine: {start: 1, over: 9}}}}",
      "6:30: levels.w.objective.fit.power: expected a whole number, got {cosine: {start: 1, over: 9}}."),
     ("iterations: 6", "iterations: {epochs: 2, of: trian}",
      "2:29: iterations.of: no stream named 'trian'. Did you mean 'train'?"),
+    ("iterations: 6", "iterations: {epochs: 2, of: spare}",
+     "2:29: iterations.of: no level's batch is drawn from stream 'spare'."),
     ("    batch: train\n    optimizer: {sgd: {learning_rate: 0.1",
      "    optimizer: {sgd: {learning_rate: {cosine: {start: 1, over: {epochs: 2}}}",
      "8:17: levels.w.optimizer: there is no stream with an end to count passes over; give iterations."),

@@ -158,6 +158,36 @@ def test_folders_of_another_specification_are_refused_with_the_difference(table)
     assert table(*BOTH, "2", "checkpoint.every=9", "--quiet") == (0, "", "")  # that decides no number
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("summary.json", "", "damaged: Expecting value"),
+        ("summary.json", "[]", "damaged: expected a mapping"),
+        ("summary.json", "{}", "damaged: 'selected' is missing"),
+        ("failed.json", '{"code": 1}', "damaged: 'reason' is missing"),
+    ],
+)
+def test_a_damaged_file_of_a_cell_is_named(table, file, text, said) -> None:
+    table("plain.yaml", "--seeds", "1")
+    cell = Path("runs/table/plain/seed-0")
+    (cell / "summary.json").unlink()
+    if text == "{}":
+        text = json.dumps({"spec_hash": json.loads((cell / "run.json").read_text())["spec_hash"]})
+    (cell / file).write_text(text)
+    code, _, err = table("plain.yaml", "--seeds", "1")
+    assert code == 2
+    assert f"{cell / file}: {said}" in err
+
+
+def test_a_failure_told_by_another_version_is_one(table) -> None:
+    table("plain.yaml", "--seeds", "1")
+    cell = Path("runs/table/plain/seed-0")
+    (cell / "summary.json").unlink()
+    (cell / "failed.json").write_text('{"code": 3, "reason": "too large", "moon": "full"}')
+    code, out, _ = table("plain.yaml", "--seeds", "1")
+    assert (code, "plain, seed 0, failed (exit code 3): too large" in out) == (3, True)
+
+
 def test_a_cell_whose_process_died_before_it_began_is_begun_and_a_strange_folder_is_left_alone(table) -> None:
     half, strange = Path("runs/table/plain/seed-0"), Path("runs/table/plain/seed-1")
     table("plain.yaml", "--seeds", "1", "--quiet", "--out", "other")
@@ -228,6 +258,16 @@ def test_a_mistake_is_answered_with_2_before_anything_is_run(table, tmp_path, ar
     assert (code, out) == (2, "")
     assert message in err
     assert not list(tmp_path.glob("runs/table/*/*/checkpoint"))
+
+
+def test_a_change_that_does_not_fit_one_of_the_graphs_says_which(table) -> None:
+    code, _, err = table("plain.yaml", "first.yaml", "--seeds", "1", "start.upper.with.iterations=2")
+    assert code == 2
+    assert err.startswith("plain.yaml: <override start.upper.with.iterations=2>: start.upper: 'graph' is missing")
+    code, _, err = table("plain.yaml", "slower.yaml", "--seeds", "1", "start.upper.with.iterations=2")
+    assert code == 2
+    assert err.startswith("<override start.upper.with.iterations=2>: start.upper: 'graph' is missing")
+    assert err.count("'graph' is missing") == 1
 
 
 def test_a_metric_that_is_not_there_is_refused_and_what_was_run_stays(table) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +15,7 @@ from problems.blocks.image_sets._images import AbstractImages
 from problems.blocks.image_sets._read import Found, Half
 from problems.blocks.image_sets._registry import SETS, ImageSet
 from problems.blocks.image_sets._split import Share, stratified
+from problems.blocks.torchvision_door import torchvision
 
 
 @final
@@ -161,9 +161,15 @@ def _root(name: str, known: ImageSet, root: str | Path | None) -> Path:
 
 
 def _read(name: str, known: ImageSet, place: Path, half: Half, seed: int) -> Found:
+    if known.needs:
+        torchvision("datasets")  # where it is not installed, that is no fault of the files
     try:
         found, labels = known.read(place, half, seed)
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except mlo.MloError:
+        raise
+    except (
+        Exception
+    ) as error:  # what readers of pickles, of MATLAB's files and of lists say of a broken one is anything
         what = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"root is '{place}': {name} cannot be read ({what}); expected under the root: {known.layout}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from problems.blocks.networks._initial import he_initialised
+from problems.blocks.networks._initial import at_least_one, he_initialised
 
 
 @final
@@ -22,7 +22,7 @@ class DenseNet(nn.Module):
     bottlenecks and compression 1.0.
 
     - `depth`: 6n + 4; 3n + 4 without bottlenecks. Raises ValueError for another.
-    - `growth`: k, the channels that a layer adds.
+    - `growth`: k, the channels that a layer adds. Raises ValueError below 1.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class DenseNet(nn.Module):
             raise ValueError(f"depth is {depth}; it must be {each}n + 4, with n layers in each of three blocks")
         if not 0 < compression <= 1:
             raise ValueError(f"compression is {compression}; it must be above 0 and at most 1")
+        at_least_one(growth=growth)
         width = 2 * growth if bottleneck and compression < 1 else 16
         parts: list[nn.Module] = [nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)]
         for block in range(3):

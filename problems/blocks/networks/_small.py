@@ -6,6 +6,8 @@ from typing import final
 
 from torch import Tensor, nn
 
+from problems.blocks.networks._initial import at_least_one
+
 
 @final
 class SmallCNN(nn.Module):
@@ -14,11 +16,12 @@ class SmallCNN(nn.Module):
     Images [batch, channels, height, width] of at least 4×4 pixels; logits [batch, classes]. The second and third block
     halve the image.
 
-    - `width`: channels of the first block; the next two have twice and four times as many.
+    - `width`: channels of the first block; the next two have twice and four times as many. Raises ValueError below 1.
     """
 
     def __init__(self, *, width: int = 16, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
+        at_least_one(width=width)
         widths = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
         for number in range(3):

@@ -6,6 +6,8 @@ from typing import final
 
 from torch import Tensor, nn
 
+from problems.blocks.networks._initial import at_least_one
+
 
 @final
 class SmoothCNN(nn.Module):
@@ -15,7 +17,7 @@ class SmoothCNN(nn.Module):
     [batch, channels, size, size], logits [batch, classes]; the second and third convolution halve the image. With the
     defaults 7,178 numbers.
 
-    - `width`: channels of the first convolution; the next two have twice and four times as many.
+    - `width`: channels of the first convolution; the next two have twice and four times as many. Raises ValueError below 1.
     - `size`: pixels of each side.
     - `pooled`: whether the linear layer reads the mean over all places, as in a residual network, and not every place.
     """
@@ -24,6 +26,7 @@ class SmoothCNN(nn.Module):
         self, *, width: int = 8, classes: int = 10, channels: int = 1, size: int = 8, pooled: bool = False
     ) -> None:
         super().__init__()
+        at_least_one(width=width)
         widths = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
         for number in range(3):

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from problems.blocks.networks._initial import he_initialised
+from problems.blocks.networks._initial import at_least_one, he_initialised
 
 
 @final
@@ -19,13 +19,14 @@ class WideResNet(nn.Module):
     (Table 1). Parameters with 10 classes and 3 channels: 28-2 1.5 million, 40-2 2.2, 28-10 36.5.
 
     - `depth`: 6n + 4. Raises ValueError for another.
-    - `width`: k, the widening factor.
+    - `width`: k, the widening factor. Raises ValueError below 1.
     """
 
     def __init__(self, *, depth: int = 28, width: int = 2, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth is {depth}; a wide residual network has 6n + 4 layers: 10, 16, 22, 28, 34, 40, …")
+        at_least_one(width=width)
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.convolution = _convolution(channels, widths[0])
         blocks: list[nn.Module] = []
