@@ -36,6 +36,7 @@ from problems.blocks.image_sets import ImageSets, image_sets, in_order, stream
 from problems.blocks.latents import kl_to_standard_normal
 from problems.blocks.networks import Divided, networks_for
 from problems.blocks.samples import (
+    FEWER,
     SAMPLES,
     DigitScores,
     drawn,
@@ -312,8 +313,9 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         synthetic: Tensor | None = None
         if "generator" in values and (complete or digits() is not None):
             generate, find = partial(values["generator"], training=False), values.get("finder")
-            z = torch.randn(SAMPLES, settings.latent, dtype=context.dtype).to(context.device)
-            samples = drawn(generate, find, z, sample_labels(found.classes, device=context.device))
+            count = FEWER if digits() is None else SAMPLES
+            z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
+            samples = drawn(generate, find, z, sample_labels(count, classes=found.classes, device=context.device))
             if (judge := digits()) is not None:
                 metrics |= {f"{name}_feature_frechet_distance": judge.distance(each) for name, each in samples.items()}
             if complete:

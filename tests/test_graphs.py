@@ -19,6 +19,7 @@ SMALLER = {  # networks in their quickest sizes; `test_networks_as_large_as_the_
     "wide_resnet": {"depth": 10, "width": 1},
     "densenet": {"depth": 10, "growth": 4},
     "resnet": {"depth": 18},
+    "biggan": {"width": 2},
 }
 Files = Callable[[str], Path]
 

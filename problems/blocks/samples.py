@@ -18,8 +18,8 @@ from problems.blocks.scores import digits_judge
 Generate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Find: TypeAlias = Callable[[Tensor], Tensor]
 
-SAMPLES = 500
-"""Synthetic images that are measured, of all classes in turn."""
+SAMPLES, FEWER = 500, 50
+"""Synthetic images that are measured, of all classes in turn: of digits, and of other sets, where images tell nothing."""
 
 ROWS, COLUMNS = 10, 10
 """Classes in a picture of samples, and images of each."""
@@ -49,9 +49,9 @@ def drawn(generate: Generate, find: Find | None, z: Tensor, labels: Tensor) -> d
     }
 
 
-def sample_labels(classes: int, *, device: torch.device) -> Tensor:
-    """The labels of `SAMPLES` images, all classes in turn."""
-    return torch.arange(SAMPLES, device=device) % classes
+def sample_labels(count: int, *, classes: int, device: torch.device) -> Tensor:
+    """The labels of `count` images, all classes in turn."""
+    return torch.arange(count, device=device) % classes
 
 
 @final
@@ -94,7 +94,7 @@ def samples_table(samples: Mapping[str, Samples], scores: DigitScores | None) ->
         for name, each in samples.items()
     )
     columns = ("latents", "feature Fréchet distance", "recognised (%)", "divergence", "mean |F(z) − z|")
-    return mlo.Table(title=f"{SAMPLES} synthetic images", columns=columns, rows=rows)
+    return mlo.Table(title=f"{len(samples['uniform'].images)} synthetic images", columns=columns, rows=rows)
 
 
 def samples_pictures(

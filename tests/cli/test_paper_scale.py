@@ -83,3 +83,30 @@ def test_without_images_the_answer_is_where_they_should_be(name: str, mlo_comman
     code, _, err = mlo_command("check", str(FOLDER / f"{name}.yaml"))
     assert code == 2
     assert f"data: root is not given; {ROWS[name][0]} is read from a folder that holds" in err
+
+
+MGR = FOLDER.parent / "mgr"
+
+
+@pytest.mark.parametrize("source", ["cars", "aircraft", "birds", "dtd", "flowers", "pets"])
+def test_a_graph_of_mgr_holds_what_the_paper_states(source: str, mlo_command):
+    spec = mlo.load(MGR / f"{source}.yaml")
+    assert (spec.name, spec.data["source"], spec.data["validation"]) == (f"mgr_{source}", source, 0.1)
+    assert (spec.data["fraction"], spec.data["strongest"]) == (1.0, 1.0)
+    assert spec.iterations == Epochs(epochs=200)
+    classifier, finder, start = spec.levels["classifier"], spec.levels["finder"], spec.starts["generator"]
+    assert classifier.variables is not None
+    assert classifier.variables.yaml() == {"resnet": {"depth": 18}}
+    assert classifier.optimizer is not None
+    schedule = classifier.optimizer.options["learning_rate"]["multi_step"]
+    assert (schedule["start"], schedule["factor"], tuple(schedule["at"]["epochs"])) == (0.01, 0.1, (60, 120, 160))
+    assert finder.optimizer is not None
+    assert finder.optimizer.yaml() == {"adam": {"learning_rate": 1e-4}}
+    assert {key: start.data[key] for key in ("source", "validation", "latent")} == {
+        "source": source,
+        "validation": 0.1,
+        "latent": 128,
+    }  # G is trained on the same D
+    code, _, err = mlo_command("check", str(MGR / f"{source}.yaml"))
+    assert code == 2
+    assert f"data: root is not given; {source} is read from a folder that holds" in err

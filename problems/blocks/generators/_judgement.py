@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mlo
 from problems.blocks.image_sets import ImageSets, Part, in_order
-from problems.blocks.quality import recogniser
+from problems.blocks.scores import digits_judge
 
 SAMPLES, SHOWN, AT_ONCE = 100, 10, 100
 """Images of a class that are judged of digits, and that are shown; images that are generated at once."""
 
 SURE = 0.9
 """The probability from which the classifier counts as sure."""
-
-
-@functools.cache
-def _judge() -> nn.Module:
-    """The recogniser, trained once a process: it takes 3 s, and has no random numbers but its own."""
-    return recogniser()
 
 
 def generated_scores(
@@ -55,7 +48,7 @@ def generated_scores(
     metrics = {"variety": _least(distances / wanted)}
     columns: dict[str, list[Any]] = {"class": [str(c) for c in range(found.classes)]}
     if digits:
-        probabilities = _judge()(2 * images.float() - 1).softmax(1)
+        probabilities = digits_judge()(2 * images.float() - 1).softmax(1)
         seen = probabilities.argmax(1)
         right = (seen == labels).float()
         shares = 100 * torch.stack([right[labels == c].mean() for c in range(found.classes)])
