@@ -101,6 +101,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     )
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the finder to be judged by")
+    if not 0 <= settings.strongest <= 1:
+        raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
     drawn = partial(stream, size=settings.batch_size, device=context.device, dtype=context.dtype)
     train = drawn(found.train)
     if settings.augmentation != "none":

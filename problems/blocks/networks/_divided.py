@@ -44,6 +44,6 @@ class Divided(nn.Module):
             return self.head(inputs)
         if part == "second_head":
             if self.second_head is None:
-                raise mlo.UserError("this network has one head; give its level the option second_head: true")
+                raise mlo.UserError("this network has one head; variables `…_two_heads` have a second")
             return self.second_head(inputs)
         return self.head(self.features(inputs))
