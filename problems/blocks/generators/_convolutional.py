@@ -62,11 +62,12 @@ class ConvolutionalDiscriminator(nn.Module):
     """D(x, y): images [n, channels, size, size] in [0, 1] and labels [n] to scores [n].
 
     Convolutions of stride 2 and leaky ReLUs halve the image to the smallest side; a hidden layer sees the result joined to
-    the label's embedding (Mirza and Osindero 2014). All layers are spectrally normalised.
+    the label's embedding (Mirza and Osindero 2014).
 
     - `width`: channels of the first convolution, at full size.
     - `labels`: None for a discriminator that does not look at labels.
     - `embedding`, `hidden`: the sizes of a label's embedding and of the hidden layer.
+    - `normalised`: whether all layers are spectrally normalised.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class ConvolutionalDiscriminator(nn.Module):
         width: int = 16,
         embedding: int = 16,
         hidden: int = 64,
+        normalised: bool = True,
     ) -> None:
         super().__init__()
-        self.features = _Features(channels, size=size, width=width)
+        self.features = _Features(channels, size=size, width=width, normalised=normalised)
         self.embedding = None if labels is None else nn.Embedding(labels, embedding)
         inputs = self.features.outputs + (0 if labels is None else embedding)
-        self.hidden = spectral(nn.Linear(inputs, hidden))
-        self.score = spectral(nn.Linear(hidden, 1))
+        self.hidden = _layer(nn.Linear(inputs, hidden), normalised=normalised)
+        self.score = _layer(nn.Linear(hidden, 1), normalised=normalised)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """See the class."""
@@ -118,16 +120,21 @@ class AuxiliaryDiscriminator(nn.Module):
 class _Features(nn.Module):
     """Convolution and leaky ReLU at full size and at each half of it, flattened: [n, outputs]."""
 
-    def __init__(self, channels: int, *, size: int, width: int) -> None:
+    def __init__(self, channels: int, *, size: int, width: int, normalised: bool = True) -> None:
         super().__init__()
         found = tuple(reversed(widths(size, width)))
-        parts: list[nn.Module] = [spectral(nn.Conv2d(channels, width, kernel_size=3, padding=1)), nn.LeakyReLU(0.1)]
+        first = nn.Conv2d(channels, width, kernel_size=3, padding=1)
+        parts: list[nn.Module] = [_layer(first, normalised=normalised), nn.LeakyReLU(0.1)]
         for inputs, outputs in pairwise(found):
             convolution = nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1)
-            parts += [spectral(convolution), nn.LeakyReLU(0.1)]
+            parts += [_layer(convolution, normalised=normalised), nn.LeakyReLU(0.1)]
         self.layers = nn.Sequential(*parts, nn.Flatten())
         self.outputs = found[-1] * sides(size)[0] ** 2
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         return self.layers(images)
+
+
+def _layer(layer: nn.Module, *, normalised: bool) -> nn.Module:
+    return spectral(layer) if normalised else layer

@@ -96,8 +96,10 @@ def discriminators_for(found: ImageSets) -> dict[str, Callable[..., nn.Module]]:
     """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none."""
     classes, channels, size = found.classes, found.channels, found.size
 
-    def gan_discriminator(*, width: int = 16) -> nn.Module:
-        return ConvolutionalDiscriminator(width=width, labels=classes, channels=channels, size=size)
+    def gan_discriminator(*, width: int = 16, normalised: bool = True) -> nn.Module:
+        return ConvolutionalDiscriminator(
+            width=width, normalised=normalised, labels=classes, channels=channels, size=size
+        )
 
     def acgan_discriminator(*, width: int = 16) -> nn.Module:
         return AuxiliaryDiscriminator(width=width, labels=classes, channels=channels, size=size)
@@ -105,8 +107,8 @@ def discriminators_for(found: ImageSets) -> dict[str, Callable[..., nn.Module]]:
     def biggan_discriminator(*, width: int = 16) -> nn.Module:
         return ProjectionDiscriminator(width=width, labels=classes, channels=channels, size=size)
 
-    def unconditional_gan_discriminator(*, width: int = 16) -> nn.Module:
-        return ConvolutionalDiscriminator(width=width, labels=None, channels=channels, size=size)
+    def unconditional_gan_discriminator(*, width: int = 16, normalised: bool = True) -> nn.Module:
+        return ConvolutionalDiscriminator(width=width, normalised=normalised, labels=None, channels=channels, size=size)
 
     made = (gan_discriminator, acgan_discriminator, biggan_discriminator, unconditional_gan_discriminator)
     return {make.__name__: make for make in made}
