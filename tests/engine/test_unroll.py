@@ -153,7 +153,7 @@ def test_unroll_equals_autograd(shape, family, optimizer, steps):
     assert relative_error(found, by_hand(shapes[shape], families[family], update, steps)) <= 1e-8
 
 
-@pytest.mark.parametrize("steps", [2, 5, 20])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("optimizer", optimizers)
 def test_every_optimizer_unrolled_equals_autograd_through_the_loop_written_out(optimizer, replay, steps):
