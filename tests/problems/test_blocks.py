@@ -13,7 +13,7 @@ from problems.blocks.digits import CLASSES, Labelled, all_digits, digits, long_t
 from problems.blocks.jitter import DRAWS, Jitter, uniform_draws
 from problems.blocks.networks import Classifier, Encoder, Generator, LastTwoLayers
 from problems.blocks.quality import mean_pairwise_distance, recognised_share, recogniser, sample_grid
-from problems.blocks.scores import _judge
+from problems.blocks.scores import digits_judge
 
 LONG_TAIL = (90, 58, 37, 24, 15, 10, 6, 4, 2, 1)  # n_max 90, imbalance 50, by hand
 jitters = [Jitter(rotation=15.0, scale=0.1, shift=1.0), Jitter(rotation=90.0), Jitter(scale=0.5), Jitter(shift=1.0)]
@@ -271,7 +271,7 @@ def test_sample_grid_has_a_row_for_each_class():
 def test_generated_digits_are_judged_by_one_recogniser_a_process(judge: nn.Module):
     """Trained once, it is the one that `recogniser` trains, whatever random numbers were drawn before."""
     torch.manual_seed(3)
-    kept = _judge()
-    assert _judge() is kept
+    kept = digits_judge()
+    assert digits_judge() is kept
     for one, other in zip(kept.parameters(), judge.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
