@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
+from mlo._errors import UserError
 from mlo._run._processes import Processes
 from mlo._state import Batches
 from mlo._structure import is_due
 from mlo.stream import AbstractStream, Draw
 
 if TYPE_CHECKING:
+    from mlo._graph import Graph
     from mlo._level import Level
+    from mlo._state import State
     from mlo.spec._build import Assembly
 
 
@@ -50,6 +53,26 @@ class Source:
     def all_batches(self, levels: Mapping[str, Level], iteration: int) -> dict[str, Any]:
         """The batches at `iteration` of all levels that move at all, due or not."""
         return self._drawn((level for level in levels.values() if not level.frozen), iteration)
+
+    def probe(self, graph: Graph, state: State) -> None:
+        """`Graph.probe` on the batches of the first iteration.
+
+        Raises `UserError` too: for an objective that reads a stream by name which its level does not draw.
+        """
+        batches = self.all_batches(graph.levels, 1)
+        try:
+            graph.probe(state, batches)
+        except KeyError as error:
+            name = error.args[0] if error.args else None
+            if isinstance(error, UserError) or not isinstance(name, str) or name not in self.streams:
+                raise
+            told = UserError(
+                f"an objective reads stream '{name}' by name, and its batch does not hold it: list all that it reads in the "
+                "level's `batch`, as [one, other]; a single stream is given as it is, without its name"
+            )
+            for note in getattr(error, "__notes__", ()):
+                told.add_note(note)
+            raise told from error
 
     def _drawn(self, levels: Iterable[Level], iteration: int) -> dict[str, Any]:
         drawn: dict[tuple[str, int], Any] = {}

@@ -35,7 +35,7 @@ def follow(spec: Spec, processes: Processes) -> Path:
                     follow(spec.starts[order["level"]], processes)
                 case "probe":
                     state = processes.follow(order)
-                    graph.probe(state, source.all_batches(graph.levels, 1))
+                    source.probe(graph, state)
                 case "iterate":
                     _iterate(assembly, source, processes, processes.follow(order))
                 case "fail" if order["code"] == 130:

@@ -156,7 +156,7 @@ class _Life:
             say(f"notice: {notice}")
         state = fresh_state(self.assembly, self.cache, self.console, self.processes)
         self.processes.lead("probe", state)
-        graph.probe(state, self._source.all_batches(graph.levels, 1))
+        self._source.probe(graph, state)
         try_evaluation(self.assembly, state)
         selection = Selection(spec.evaluation and spec.evaluation.select)
         return self._go_on(Standing(state=state, selection=selection), None, self.began)

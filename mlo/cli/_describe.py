@@ -23,7 +23,7 @@ def probe(assembly: Assembly) -> None:
     """Take every derivative once from fresh values. Raises `GraphError` for a level that is disconnected."""
     spec, graph = assembly.spec, assembly.graph
     source = Source(streams=assembly.streams, names=assembly.batches, seed=spec.seed, device=torch.device(spec.device))
-    graph.probe(graph.init(seed=spec.seed), source.all_batches(graph.levels, 1))
+    source.probe(graph, graph.init(seed=spec.seed))
 
 
 def describe(assembly: Assembly, console: Console) -> None:

@@ -328,3 +328,13 @@ def test_paths_may_lead_anywhere_and_are_not_a_shell(mlo_command, tmp_path):
     code, _, said = mlo_command("check", "home.yaml")
     assert code == 2
     assert said.startswith("home.yaml:1:10: extends: no graph '~/base.yml'.")
+
+
+@pytest.mark.parametrize(
+    ("batch", "missing"), [("train", "train"), ("[train, validation]", "noise"), ("[noise]", "train")]
+)
+def test_a_stream_that_an_objective_reads_and_its_level_does_not_draw(mlo_command, batch, missing):
+    code, _, said = mlo_command("check", "mgr", f"levels.classifier.batch={batch}")
+    assert code == 2
+    assert said.startswith(f"an objective reads stream '{missing}' by name, and its batch does not hold it: list all")
+    assert "\n  In the objective of level 'classifier', iteration 1, mgr.py:" in said
