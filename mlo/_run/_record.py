@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 import mlo
 from mlo._run._files import Refused, write_json
 
@@ -84,8 +86,9 @@ def place_of(module: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes the numbers."""
-    return {name: _version(name) for name in ("mlo", "torch", "numpy")} | {"python": platform.python_version()}
+    """Of what computes the numbers. Torch's own says what it was built for, which that of its package need not."""
+    packages = {"mlo": _version("mlo"), "torch": str(torch.__version__), "numpy": _version("numpy")}
+    return packages | {"python": platform.python_version()}
 
 
 def git_commit() -> str | None:
