@@ -23,7 +23,7 @@ from problems.blocks.generators import (
     noisy,
     signal,
 )
-from problems.blocks.image_sets import image_sets, stream
+from problems.blocks.image_sets import ImageSettings, stream
 from problems.blocks.jitter import Jitter
 from problems.blocks.streams import Jittered
 
@@ -33,7 +33,7 @@ Weighting: TypeAlias = Literal["noise", "velocity"]
 Schedule: TypeAlias = Literal["cosine", "linear"]
 
 
-class Data(mlo.Settings):
+class Data(ImageSettings):
     """Which images a generator learns, and the size of the batches.
 
     - `source`, `root`, `complete`, `size`, `workers`: see `image_sets`.
@@ -47,15 +47,7 @@ class Data(mlo.Settings):
       discriminator, beside the set's standard augmentation.
     """
 
-    source: str = "digits"
-    root: str | None = None
-    complete: bool = True
-    size: int | None = None
-    workers: int = 0
-    fraction: float = 1.0
-    validation: float = 0.1
     part: Literal["train", "rest"] = "train"
-    batch_size: int = 64
     latent: int = 64
     rotation: float = 0.0
     scale: float = 0.0
@@ -64,16 +56,7 @@ class Data(mlo.Settings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
-    found = image_sets(
-        settings.source,
-        root=settings.root,
-        seed=context.seed,
-        validation=settings.validation,
-        fraction=settings.fraction,
-        size=settings.size,
-        complete=settings.complete,
-        workers=settings.workers,
-    )
+    found = settings.sets(context.seed)
     learned = found.train if settings.part == "train" else found.rest
     if len(learned) == 0:
         raise ValueError(f"part is 'rest', and a fraction of {settings.fraction} leaves no image out")

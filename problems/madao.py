@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import mlo
 from problems.blocks.augmentation import OPERATIONS, Policy, draws_for
-from problems.blocks.image_sets import ImageSets, image_sets, in_order, stream
+from problems.blocks.image_sets import ImageSets, ImageSettings, in_order, stream
 from problems.blocks.networks import networks_for
 from problems.blocks.pictures import tiles
 from problems.blocks.scores import classification_scores
@@ -43,7 +43,7 @@ AT_ONCE = 512
 """Images that are judged together."""
 
 
-class Data(mlo.Settings):
+class Data(ImageSettings):
     """Which images, how many of them, and the size of the batches.
 
     - `source`, `root`, `complete`, `size`, `workers`: see `image_sets`.
@@ -53,32 +53,14 @@ class Data(mlo.Settings):
     - `stages`: K, for how many operations one after the other noise is drawn: as many as the policy has.
     """
 
-    source: str = "digits"
-    root: str | None = None
-    complete: bool = True
-    size: int | None = None
-    workers: int = 0
-    fraction: float = 1.0
-    validation: float = 0.1
-    batch_size: int = 64
     stages: int = 2
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
-    for key in ("batch_size", "stages"):
-        if getattr(settings, key) < 1:
-            raise ValueError(f"{key} is {getattr(settings, key)}; it must be at least 1")
-    found = image_sets(
-        settings.source,
-        root=settings.root,
-        seed=context.seed,
-        validation=settings.validation,
-        fraction=settings.fraction,
-        size=settings.size,
-        complete=settings.complete,
-        workers=settings.workers,
-    )
+    if settings.stages < 1:
+        raise ValueError(f"stages is {settings.stages}; it must be at least 1")
+    found = settings.sets(context.seed)
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the policy to be judged by")
     count, stages = settings.batch_size, settings.stages

@@ -32,7 +32,7 @@ from problems.blocks.consistency import (
 )
 from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
-from problems.blocks.image_sets import ImageSets, image_sets, in_order, stream
+from problems.blocks.image_sets import ImageSets, ImageSettings, in_order, stream
 from problems.blocks.latents import kl_to_standard_normal
 from problems.blocks.networks import Divided, networks_for
 from problems.blocks.samples import (
@@ -62,7 +62,7 @@ AUGMENTATIONS: Mapping[str, tuple[Transform, Draws]] = {
 """What can be done to real training images (Table 3)."""
 
 
-class Data(mlo.Settings):
+class Data(ImageSettings):
     """Which images, how many of them, and the size of the batches.
 
     - `source`, `root`, `complete`, `size`, `workers`: see `image_sets`.
@@ -74,14 +74,6 @@ class Data(mlo.Settings):
     - `augmentation`: what is done to real training images beside the set's standard augmentation, Table 3.
     """
 
-    source: str = "digits"
-    root: str | None = None
-    complete: bool = True
-    size: int | None = None
-    workers: int = 0
-    fraction: float = 1.0
-    validation: float = 0.1
-    batch_size: int = 64
     latent: int = 64
     strongest: float = 1.0
     augmentation: Literal["none", "augmix", "rand_augment", "trivial_augment"] = "none"
@@ -89,16 +81,7 @@ class Data(mlo.Settings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
-    found = image_sets(
-        settings.source,
-        root=settings.root,
-        seed=context.seed,
-        validation=settings.validation,
-        fraction=settings.fraction,
-        size=settings.size,
-        complete=settings.complete,
-        workers=settings.workers,
-    )
+    found = settings.sets(context.seed)
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the finder to be judged by")
     if not 0 <= settings.strongest <= 1:

@@ -16,6 +16,7 @@ import mlo
 from mlo.stream import Draw
 from problems import generation
 from problems.blocks.generators import signal
+from problems.blocks.image_sets import image_sets
 
 ROOT = Path(__file__).parents[2]
 GRAPHS = ROOT / "graphs" / "mgr" / "generators"
@@ -144,7 +145,7 @@ def test_only_the_part_that_is_asked_for_is_learned(part: Any):
     """Images on which classifiers are validated are never among them."""
     settings = generation.Data(fraction=0.3, validation=0.2, part=part, batch_size=500)
     problem = generation.build(settings, CONTEXT)
-    found = generation.image_sets("digits", seed=0, fraction=0.3, validation=0.2)
+    found = image_sets("digits", seed=0, fraction=0.3, validation=0.2)
     batch = problem.streams["train"].draw(Draw(0, "train", 1))  # pyright: ignore[reportAttributeAccessIssue]
     shown = {tuple(image) for image in (16 * batch["images"]).round().long().flatten(1).tolist()}
 
@@ -163,7 +164,7 @@ def test_all_of_a_set_leaves_no_rest():
 def test_the_judge_knows_real_digits_from_noise():
     """Real digits: nearly all are recognised. Noise: not. One image a class: no variety."""
     problem = generation.build(generation.Data(), CONTEXT)
-    real = generation.image_sets("digits", seed=0).train
+    real = image_sets("digits", seed=0).train
     of_class = [real.index[real.labels == c] for c in range(10)]
 
     def cheat(z: Tensor, labels: Tensor, *, training: bool) -> Tensor:

@@ -5,6 +5,7 @@ from problems.blocks.image_sets._registry import ImageSet as ImageSet
 from problems.blocks.image_sets._sets import ImageSets as ImageSets
 from problems.blocks.image_sets._sets import Part as Part
 from problems.blocks.image_sets._sets import image_sets as image_sets
+from problems.blocks.image_sets._settings import ImageSettings as ImageSettings
 from problems.blocks.image_sets._split import Share as Share
 from problems.blocks.image_sets._split import stratified as stratified
 from problems.blocks.image_sets._stream import in_order as in_order
