@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias, final
 
+import torch
 from torch import Tensor
 
 import mlo
@@ -16,6 +17,11 @@ Transform: TypeAlias = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 Draws: TypeAlias = Callable[..., Mapping[str, Tensor]]
 """What a transform draws for `count` images, `draws(count, generator=…)`."""
+
+
+def in_dtype(draws: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`draws` with what is floating in `dtype`: transforms draw in torch's default one."""
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in draws.items()}
 
 
 @final
