@@ -27,8 +27,13 @@ def generated_scores(
     latent: int,
     context: mlo.Context,
     complete: bool,
+    clusters: int | None = None,
 ) -> mlo.Evaluation:
-    """Numbers of 100 digits a class (of other sets 10 images), from latents of torch's global generator.
+    """Numbers of 100 digits a label (of other sets 10 images), from latents of torch's global generator.
+
+    - `clusters`: None where the labels are the set's classes; where they are not, how many there are.
+
+    Its metrics:
 
     - `recognised`: the share in percent, in the worst class, that a classifier of all digits calls by the label asked for.
     - `variety`: the mean distance between two images of a class over that of real training images, in the worst class.
@@ -36,30 +41,38 @@ def generated_scores(
     - `rarest`: the share in percent of the class that it sees least, times the number of classes: 100 where all are equally
       frequent, and what tells of an unconditional generator, whose `recognised` is chance.
 
-    Of sets other than digits there is `variety` alone. `complete` adds a table and pictures.
+    - `nearest`: where labels are clusters, the share in percent, in the worst one, that lies nearest to the mean of the real
+      images of the label asked for, among the means of all labels; 100 for the real images themselves.
+
+    Clusters have `nearest` in place of `recognised`, since a digit is no cluster. Of sets other than digits there is neither
+    of `recognised`, `sure` and `rarest`. `complete` adds a table and pictures.
     """
     digits = found.name == "digits"
     each = SAMPLES if digits else SHOWN
-    labels = torch.arange(found.classes).repeat_interleave(each)
+    classes = found.classes if clusters is None else clusters
+    labels = torch.arange(classes).repeat_interleave(each)
     images = torch.cat([_images(generator, part, latent, context) for part in labels.split(AT_ONCE)])
-    real, real_labels = _real(learned, found.classes, SAMPLES, context)
-    distances = _distances(images, labels, found.classes)
-    wanted = _distances(real, real_labels, found.classes)
+    real, real_labels = _real(learned, classes, SAMPLES, context)
+    distances = _distances(images, labels, classes)
+    wanted = _distances(real, real_labels, classes)
     metrics = {"variety": _least(distances / wanted)}
-    columns: dict[str, list[Any]] = {"class": [str(c) for c in range(found.classes)]}
+    columns: dict[str, list[Any]] = {"class" if clusters is None else "label": [str(c) for c in range(classes)]}
+    if clusters is not None:
+        near = _shares(_nearest(images, real, real_labels, classes), labels, classes)
+        metrics |= {"nearest": near.min().item(), "mean_nearest": near.mean().item()}
+        columns |= {"nearest (%)": near.tolist()}
     if digits:
         probabilities = digits_judge()(2 * images.float() - 1).softmax(1)
         seen = probabilities.argmax(1)
-        right = (seen == labels).float()
-        shares = 100 * torch.stack([right[labels == c].mean() for c in range(found.classes)])
         counts = torch.bincount(seen, minlength=found.classes)
+        if clusters is None:
+            shares = _shares(seen, labels, classes)
+            metrics |= {"recognised": shares.min().item(), "mean_recognised": shares.mean().item()}
+            columns |= {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
         metrics |= {
-            "recognised": shares.min().item(),
-            "mean_recognised": shares.mean().item(),
             "sure": 100 * (probabilities.amax(1) >= SURE).float().mean().item(),
             "rarest": 100 * counts.min().item() * found.classes / len(labels),
         }
-        columns |= {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
     if not complete:
         return mlo.Evaluation(metrics=metrics)
     columns |= {
@@ -68,7 +81,7 @@ def generated_scores(
         "ratio": (distances / wanted).tolist(),
     }
     table = mlo.Table(
-        title=f"Generated images, {each} a class",
+        title=f"Generated images, {each} a {'class' if clusters is None else 'label'}",
         columns=tuple(columns),
         rows=tuple(zip(*([_number(entry) for entry in column] for column in columns.values()), strict=True)),
     )
@@ -103,6 +116,18 @@ def _real(part: Part, classes: int, most: int, context: mlo.Context) -> tuple[Te
     chosen = Part(images=part.images, index=part.index[places], labels=part.labels[places], augmented=False)
     batches = list(in_order(chosen, size=AT_ONCE, device=torch.device("cpu"), dtype=context.dtype))
     return torch.cat([batch["images"] for batch in batches]), chosen.labels
+
+
+def _shares(seen: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The share in percent of each label's images that are seen as it, [classes]."""
+    right = (seen == labels).float()
+    return 100 * torch.stack([right[labels == c].mean() for c in range(classes)])
+
+
+def _nearest(images: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
+    """The label whose real images have the mean that is nearest, [n]."""
+    means = torch.stack([real[real_labels == c].flatten(1).mean(0) for c in range(classes)])
+    return torch.cdist(images.flatten(1), means).argmin(1)
 
 
 def _distances(images: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -22,12 +22,16 @@ LATENT = 64
 """The size of z where nothing else is said: that of a diffusion model of digits, so that families can be exchanged."""
 
 
-def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Callable[..., nn.Module]]:
-    """The generators that a level can be, by name: images like this set's, in [0, 1], for its classes.
+def generators_for(
+    found: ImageSets, *, latent: int = LATENT, labels: int | None = None
+) -> dict[str, Callable[..., nn.Module]]:
+    """The generators that a level can be, by name: images like this set's, in [0, 1].
 
     - `latent`: the size of z unless an option says otherwise.
+    - `labels`: how many labels there are; None for the set's classes.
     """
-    classes, channels, size, drawn = found.classes, found.channels, found.size, latent
+    channels, size, drawn = found.channels, found.size, latent
+    classes = found.classes if labels is None else labels
 
     def gan(*, latent: int = drawn, width: int = 16, embedding: int = 16) -> nn.Module:
         return ConvolutionalGenerator(
@@ -92,9 +96,12 @@ def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Calla
     }
 
 
-def discriminators_for(found: ImageSets) -> dict[str, Callable[..., nn.Module]]:
-    """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none."""
-    classes, channels, size = found.classes, found.channels, found.size
+def discriminators_for(found: ImageSets, *, labels: int | None = None) -> dict[str, Callable[..., nn.Module]]:
+    """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none.
+
+    - `labels`: how many labels there are; None for the set's classes.
+    """
+    classes, channels, size = found.classes if labels is None else labels, found.channels, found.size
 
     def gan_discriminator(*, width: int = 16, normalised: bool = True) -> nn.Module:
         return ConvolutionalDiscriminator(
