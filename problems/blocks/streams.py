@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
 import torch
@@ -68,6 +69,32 @@ class Transformed(mlo.stream.AbstractStream):
             **batch,
             "images": self._transform(images, {name: each.to(images.device) for name, each in draws.items()}),
         }
+
+    def draws_per_epoch(self) -> float | None:
+        """As many as the other stream's."""
+        return self._stream.draws_per_epoch()
+
+
+@final
+class WhenDrawn(mlo.stream.AbstractStream):
+    """The stream that `make` makes, made when it is first asked for: a graph pays only for the streams it names.
+
+    A ValueError of `make`, which begins with a setting of the data, is told as a UserError.
+    """
+
+    def __init__(self, make: Callable[[], mlo.stream.AbstractStream]) -> None:
+        self._make = make
+
+    @cached_property
+    def _stream(self) -> mlo.stream.AbstractStream:
+        try:
+            return self._make()
+        except ValueError as error:
+            raise mlo.UserError(f"data: {error}") from error
+
+    def draw(self, which: mlo.stream.Draw) -> Any:
+        """A batch of the other stream's."""
+        return self._stream.draw(which)
 
     def draws_per_epoch(self) -> float | None:
         """As many as the other stream's."""
