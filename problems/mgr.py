@@ -11,7 +11,7 @@ A graph names its levels `classifier`, `generator` and `finder`: objectives read
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial, wraps
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,27 +32,15 @@ from problems.blocks.consistency import (
 )
 from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
-from problems.blocks.image_sets import ImageSets, ImageSettings, in_order, stream
+from problems.blocks.held_out import HeldOut
+from problems.blocks.image_sets import ImageSets, ImageSettings, stream
 from problems.blocks.latents import kl_to_standard_normal
-from problems.blocks.networks import Divided, networks_for
-from problems.blocks.samples import (
-    FEWER,
-    SAMPLES,
-    DigitScores,
-    drawn,
-    embedding,
-    sample_labels,
-    samples_pictures,
-    samples_table,
-)
-from problems.blocks.scores import classification_scores
-from problems.blocks.streams import Draws, Transform, Transformed
+from problems.blocks.networks import divided, networks_for
+from problems.blocks.samples import FEWER, SAMPLES, drawn, sample_labels, samples_pictures, samples_table
+from problems.blocks.streams import Draws, Transform, Transformed, in_dtype
 
 Batch: TypeAlias = Mapping[str, Any]
 Variables: TypeAlias = Callable[..., nn.Module]
-
-AT_ONCE = 512
-"""Images that are judged together."""
 
 AUGMENTATIONS: Mapping[str, tuple[Transform, Draws]] = {
     "augmix": (augmix, augmix_draws),
@@ -93,8 +81,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     networks = networks_for(found, outputs=found.classes)
     return mlo.Problem(
         variables={
-            **{name: _divided(make) for name, make in networks.items()},
-            **{f"{name}_two_heads": _divided(make, second_head=True) for name, make in networks.items()},
+            **{name: divided(make) for name, make in networks.items()},
+            **{f"{name}_two_heads": divided(make, second_head=True) for name, make in networks.items()},
             **generators_for(found, latent=settings.latent),
             **finders_for(settings.latent),
         },
@@ -243,45 +231,18 @@ def _strong(images: Tensor, batch: Batch) -> Tensor:
     return strong(images, batch["noise"]["strong"])
 
 
-def _divided(make: Variables, *, second_head: bool = False) -> Variables:
-    """The network that `make` makes, cut before its last layer, with the options of `make`."""
-
-    @wraps(make)
-    def divided(**options: Any) -> nn.Module:
-        return Divided(make(**options), second_head=second_head)
-
-    return divided
-
-
 def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """One draw for a batch of synthetic images: latents `z`, uniform classes `labels`, and what T draws, `strong`."""
     count = settings.batch_size
     z = torch.randn(count, settings.latent, generator=generator, dtype=dtype)
     labels = torch.randint(classes, (count,), generator=generator)
     drawn = strong_draws(count, strongest=settings.strongest, generator=generator)
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in drawn.items()}
-    return {"z": z, "labels": labels, "strong": cast}
+    return {"z": z, "labels": labels, "strong": in_dtype(drawn, dtype)}
 
 
 def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.Evaluate:
     """Judges the classifier, and the images of the generator, if there is one, from uniform and from found latents."""
-    parts = {"validation": found.validation, "test": found.test}
-    taken = partial(in_order, device=context.device, dtype=context.dtype, size=AT_ONCE)
-
-    @cache
-    def digits() -> DigitScores | None:
-        """Distances are taken to the test images, of which there are enough."""
-        if found.name != "digits":
-            return None
-        return DigitScores(torch.cat([batch["images"] for batch in taken(found.test)]))
-
-    def scores(network: Any, split: mlo.Split) -> dict[str, float]:
-        labels = parts[split].labels.to(context.device)
-        logits = torch.cat([network(batch["images"], training=False) for batch in taken(parts[split])])
-        metrics = {"loss": cross_entropy(logits, labels).item(), **classification_scores(logits, labels).metrics}
-        if found.classes > 10:
-            metrics["top5"] = 100 * (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
-        return metrics
+    held_out = HeldOut(found, context)
 
     def evaluate(
         values: Mapping[str, Any],
@@ -292,26 +253,24 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         complete: bool,
     ) -> mlo.Evaluation:
         network = values[model[0]]
-        metrics = scores(network, split)
+        metrics = held_out.scores(network, split)
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}
         synthetic: Tensor | None = None
-        if "generator" in values and (complete or digits() is not None):
+        if "generator" in values and (complete or held_out.digits is not None):
+            digits = held_out.digits
             generate, find = partial(values["generator"], training=False), values.get("finder")
-            count = FEWER if digits() is None else SAMPLES
+            count = FEWER if digits is None else SAMPLES
             z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
             samples = drawn(generate, find, z, sample_labels(count, classes=found.classes, device=context.device))
-            if (judge := digits()) is not None:
-                metrics |= {f"{name}_feature_frechet_distance": judge.distance(each) for name, each in samples.items()}
+            if digits is not None:
+                metrics |= {f"{name}_feature_frechet_distance": digits.distance(each) for name, each in samples.items()}
             if complete:
-                tables = (samples_table(samples, digits()),)
+                tables = (samples_table(samples, digits),)
                 pictures |= samples_pictures(generate, find, latent=settings.latent, classes=found.classes, like=z)
                 synthetic = network([*samples.values()][-1].images, part="features", training=False)
         if complete:
-            batches = list(taken(found.train))
-            real = torch.cat([network(batch["images"], part="features", training=False) for batch in batches])
-            labels = torch.cat([batch["labels"] for batch in batches])
-            pictures["features"], metrics["features_in_plane"] = embedding(real, labels, synthetic)
+            pictures["features"], metrics["features_in_plane"] = held_out.features(network, synthetic)
         return mlo.Evaluation(metrics=metrics, tables=tables, pictures=pictures)
 
     return evaluate
