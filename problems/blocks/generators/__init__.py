@@ -12,6 +12,7 @@ from problems.blocks.generators._ddim import image_and_noise as image_and_noise
 from problems.blocks.generators._ddim import noisy as noisy
 from problems.blocks.generators._ddim import signal as signal
 from problems.blocks.generators._diffusion import Diffusion as Diffusion
+from problems.blocks.generators._elsewhere import Signature as Signature
 from problems.blocks.generators._elsewhere import exported as exported
 from problems.blocks.generators._elsewhere import imported as imported
 from problems.blocks.generators._elsewhere import torchscript as torchscript

@@ -15,7 +15,7 @@ from problems.blocks.generators._convolutional import (
 )
 from problems.blocks.generators._ddim import Schedule
 from problems.blocks.generators._diffusion import Diffusion
-from problems.blocks.generators._elsewhere import Interval
+from problems.blocks.generators._elsewhere import Interval, Signature
 from problems.blocks.image_sets import ImageSets
 
 LATENT = 64
@@ -30,20 +30,20 @@ def generators_for(
     - `latent`: the size of z unless an option says otherwise.
     - `labels`: how many labels there are; None for the set's classes.
     """
-    channels, size, drawn = found.channels, found.size, latent
+    channels, wanted, drawn = found.channels, found.size, latent
     classes = found.classes if labels is None else labels
 
     def gan(*, latent: int = drawn, width: int = 16, embedding: int = 16) -> nn.Module:
         return ConvolutionalGenerator(
-            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=wanted
         )
 
     def unconditional_gan(*, latent: int = drawn, width: int = 16) -> nn.Module:
-        return ConvolutionalGenerator(latent=latent, width=width, labels=None, channels=channels, size=size)
+        return ConvolutionalGenerator(latent=latent, width=width, labels=None, channels=channels, size=wanted)
 
     def biggan(*, latent: int = drawn, width: int = 16, embedding: int = 32) -> nn.Module:
         return BigGANGenerator(
-            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=wanted
         )
 
     def diffusion(
@@ -56,20 +56,47 @@ def generators_for(
     ) -> nn.Module:
         labels = classes if conditional else None
         return Diffusion(
-            latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=size
+            latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=wanted
+        )
+
+    def signature(
+        latent: int, conditional: bool, labels: int | None, weights: bool, drawn: int | None, interval: Interval
+    ) -> Signature:
+        if labels is not None and not conditional:
+            raise ValueError(f"labels is {labels}, and conditional is false")
+        return Signature(
+            latent=latent,
+            labels=(classes if labels is None else labels) if conditional else None,
+            weights=weights,
+            channels=channels,
+            size=wanted,
+            drawn=drawn,
+            interval=interval,
         )
 
     def torchscript(
-        *, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit"
+        *,
+        path: str,
+        latent: int = drawn,
+        conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
+        interval: Interval = "unit",
     ) -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.torchscript(
-            path, latent=latent, labels=labels, channels=channels, size=size, interval=interval
-        )
+        return _elsewhere.torchscript(path, signature(latent, conditional, labels, weights, size, interval))
 
-    def exported(*, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit") -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.exported(path, latent=latent, labels=labels, channels=channels, size=size, interval=interval)
+    def exported(
+        *,
+        path: str,
+        latent: int = drawn,
+        conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
+        interval: Interval = "unit",
+    ) -> nn.Module:
+        return _elsewhere.exported(path, signature(latent, conditional, labels, weights, size, interval))
 
     def imported(
         *,
@@ -77,12 +104,12 @@ def generators_for(
         name: str = "generator",
         latent: int = drawn,
         conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
         interval: Interval = "unit",
     ) -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.imported(
-            module, name, latent=latent, labels=labels, channels=channels, size=size, interval=interval
-        )
+        return _elsewhere.imported(module, name, signature(latent, conditional, labels, weights, size, interval))
 
     return {
         "gan": gan,
