@@ -66,6 +66,9 @@ GAPS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 OF_FEATURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"scr": scr, "l1": l1, "l2": l2, "smooth_l1": smooth_l1}
 """Unsupervised losses of the features of two views (Eq. 13, Table 6); the others are of logits."""
 
+FAIRNESS = 0.05
+"""w_f of FreeMatch, as in its paper."""
+
 
 class Data(ImageSettings):
     """Which images, how they are divided, and the size of the batches.
@@ -238,7 +241,7 @@ def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tenso
     current = values["classifier"](thresholds_of=on_weak)  # in every evaluation: it is what moves the running means
     thresholds = values.once("thresholds", lambda: current)
     targets = values.once("targets", lambda: freematch_targets(on_weak, thresholds))
-    unsupervised = matched(targets, on_strong) + 0.05 * fairness(targets, on_strong, thresholds)
+    unsupervised = matched(targets, on_strong) + FAIRNESS * fairness(targets, on_strong, thresholds)
     return unsupervised, targets.kept.mean()
 
 

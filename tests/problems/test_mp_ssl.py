@@ -18,7 +18,8 @@ from mlo.hypergradient import Unroll
 from problems import mp_ssl
 from problems.blocks.consistency import WithThresholds, strong, strong_draws, uda, weak, weak_draws
 from problems.blocks.networks import Divided
-from problems.blocks.samplers import ConditionalMapper, LabelConverter, MapperAndConverter, gumbel_noise
+from problems.blocks.pictures import heat_map
+from problems.blocks.samplers import ConditionalMapper, LabelConverter, MapperAndConverter, entropies, gumbel_noise
 
 ROOT = Path(__file__).parent.parent.parent
 MP_SSL = ROOT / "graphs" / "mp_ssl.yaml"
@@ -315,11 +316,8 @@ def test_thresholds_of_freematch_take_one_step_an_iteration_from_the_images_that
     new, _ = graph.step(state, draw(3))
     phi, batch = dict(new.values["sampler"]), draw(3)["classifier"]
     images = scene.foundation(scene.mapped(phi, batch), scene.weights(phi["converter.table"], batch))
-    said = scene.head(
-        *(lambda theta: (theta, scene.features(theta, weak(images, batch["noise"]["weak"]))))(
-            dict(state.values["classifier"])
-        )
-    ).softmax(1)
+    theta = dict(state.values["classifier"])
+    said = scene.head(theta, scene.features(theta, weak(images, batch["noise"]["weak"]))).softmax(1)
     before, after = (each.buffers["classifier"]["thresholds.probabilities"] for each in (state, new))
     torch.testing.assert_close(after, 0.999 * before + 0.001 * said.mean(0))
     assert not torch.equal(after, before)
@@ -489,7 +487,16 @@ def test_mapped_latents_start_at_the_size_of_latents() -> None:
     assert kinds == ["Linear", "LeakyReLU", "Linear", "LeakyReLU", "Linear"]
 
 
-def test_a_fixed_level_is_the_same_at_no_derivative() -> None:
+def test_entropies_of_labels_and_their_picture() -> None:
+    table = torch.tensor([[0.0, 0.0, 0.0, 0.0], [800.0, 0.0, 0.0, 0.0], [math.log(2), math.log(2), 0.0, -1e3]])
+    expected = torch.tensor([math.log(4), 0.0, math.log(5) - 0.8 * math.log(2)])
+    torch.testing.assert_close(entropies(table), expected)
+    picture = heat_map(torch.tensor([[0.0, 1.0], [2.0, 4.0]]), side=4)
+    shades = torch.tensor([[0, 0, 64, 64], [0, 0, 64, 64], [128, 128, 255, 255], [128, 128, 255, 255]])
+    assert torch.equal(picture, shades.to(torch.uint8))
+
+
+def test_a_fixed_level_is_the_same_without_derivatives() -> None:
     seen: dict[str, Any] = {}
 
     def objective(values: mlo.Values, batch: Tensor) -> Tensor:
