@@ -158,4 +158,6 @@ def test_check_asks_mp_ssl_for_the_generator_and_takes_resnets_of_other_depths(m
     told += ["levels.foundation.variables.torchscript.path=biggan.pt", "levels.classifier.variables.resnet.depth=50"]
     code, out, err = mlo_command("check", graph, *told)
     assert (code, err) == (0, "")
-    assert "3 levels, 1,800 iterations\n" in out  # 80 images, half of them labelled, nine tenths of these, 9 batches of 4
+    assert (
+        "3 levels, 1,800 iterations\n" in out
+    )  # 80 images, half of them labelled, nine tenths of these, 9 batches of 4
