@@ -352,13 +352,19 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         if "foundation" in values and (complete or held_out.digits is not None):
             digits = held_out.digits
             count = FEWER if digits is None else SAMPLES
-            samples, shown = _samples(values, _first(found, count, context), settings, context)
+            real = _first(found, count, context)
+            samples, shown = _samples(values, real, settings, context)
+            features = partial(network, part="features", training=False)
+            metrics |= {
+                f"{name}_gap": paired_gap(features(real["images"]), features(each.images)).item()
+                for name, each in samples.items()
+            }
             if digits is not None:
                 metrics |= {f"{name}_feature_frechet_distance": digits.distance(each) for name, each in samples.items()}
             if complete:
                 tables.append(samples_table(samples, digits))
                 pictures |= {f"synthetic_{name}": grid(each.images, shown[name]) for name, each in samples.items()}
-                synthetic = network([*samples.values()][-1].images, part="features", training=False)
+                synthetic = features([*samples.values()][-1].images)
         if "sampler" in values:
             table = values["sampler"]["converter.table"]
             metrics |= _spread(table)
