@@ -309,6 +309,9 @@ class Values(dict[str, Any]):
         with torch.no_grad():
             return choose()
 
+    def shared(self, name: str, compute: Any) -> Any:
+        return compute()
+
 
 def values_of(scene: Scene, classifier: nn.Module, **others: nn.Module) -> Values:
     levels = {"classifier": classifier, "generator": scene.generator, "finder": scene.finder, **others}
