@@ -139,8 +139,13 @@ def consistency(
       temperature 0.4, where the classifier is surer than 0.8 of x_p, and held fixed.
     """
     train, network = batch["train"], values["classifier"]
-    plain = pseudo_images(values, batch)
-    features = network(torch.cat([train["images"], plain, _strong(plain, batch)]), part="features")
+
+    def two_views() -> dict[str, Tensor]:
+        images = pseudo_images(values, batch)
+        return {"plain": images, "strong": _strong(images, batch)}
+
+    plain, transformed = values.shared("views", two_views).values()
+    features = network(torch.cat([train["images"], plain, transformed]), part="features")
     on_real, on_plain, on_strong = features.split([len(train["images"]), len(plain), len(plain)])
     real = cross_entropy(network(on_real, part="head"), train["labels"])
     if loss == "pcr":
@@ -167,8 +172,12 @@ def labelled(
       first is judged.
     """
     train, network = batch["train"], values["classifier"]
-    images = pseudo_images(values, batch)
-    images = _strong(images, batch) if transformed else images
+
+    def seen() -> Tensor:
+        images = pseudo_images(values, batch)
+        return _strong(images, batch) if transformed else images
+
+    images = values.shared("images", seen)
     features = network(torch.cat([train["images"], images]), part="features")
     on_real, on_images = features.split([len(train["images"]), len(images)])
     real = cross_entropy(network(on_real, part="head"), train["labels"])

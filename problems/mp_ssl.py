@@ -155,10 +155,14 @@ def semi_supervised(
       `freematch`, with what is said of T_w(x_u) as a target that is held fixed.
     """
     train, noise, network = batch["train"], batch["noise"], values["classifier"]
-    images = unlabelled(values, batch)
-    views = torch.cat([train["images"], weak(images, noise["weak"]), strong(images, noise["strong"])])
-    features = network(views, part="features")
-    on_real, on_weak, on_strong = features.split([len(train["images"]), len(images), len(images)])
+
+    def two_views() -> dict[str, Tensor]:
+        images = unlabelled(values, batch)
+        return {"weak": weak(images, noise["weak"]), "strong": strong(images, noise["strong"])}
+
+    views = [train["images"], *values.shared("views", two_views).values()]
+    features = network(torch.cat(views), part="features")
+    on_real, on_weak, on_strong = features.split([len(each) for each in views])
     real = cross_entropy(network(on_real, part="head"), train["labels"])
     if loss in OF_FEATURES:
         unsupervised = OF_FEATURES[loss](on_weak, on_strong)

@@ -26,6 +26,9 @@ class Values(dict[str, Any]):
         with torch.no_grad():
             return choose()
 
+    def shared(self, name: str, compute: Any) -> Any:
+        return compute()
+
 
 def slopes_of(loss: Tensor, module: nn.Module) -> dict[str, Tensor | None]:
     named = dict(module.named_parameters())
