@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mlo._table._result import Row
 
 _LEFT_OUT = ("gradients", "products")
+_COMPARED = ("difference ± error", "t", "pairs")
+"""Columns that say nothing where there is no best trial."""
 _MARK = "←"
 
 
@@ -33,7 +35,8 @@ def print_found(found: Found, console: Console) -> None:
     """The trials, best first, then how sure the choice is, and last the line to copy."""
     asked = found.asked
     names, numbers = heads(asked.space), columns(asked.metric)[1:]
-    kept = [each not in _LEFT_OUT for each in numbers]
+    left_out = _LEFT_OUT if found.best else (*_LEFT_OUT, *_COMPARED)
+    kept = [each not in left_out for each in numbers]
     shown = Shown(box=rich.box.SIMPLE_HEAD, title=_title(asked), title_justify="left", title_style="bold")
     for name in names:
         shown.add_column(Text(name), no_wrap=True)
@@ -62,10 +65,8 @@ def sentences(found: Found) -> Iterator[str]:
     """How to read the table, how close the others are, and every failure in full."""
     asked, (_, *rest) = found.asked, remarks(found.table)
     seeds = f"{len(asked.seeds)} seed{'' if len(asked.seeds) == 1 else 's'}"
-    yield (
-        f"Mean ± standard deviation over {seeds}; paired difference from the best ± its standard error, "
-        "t = difference / error. Seconds: of training."
-    )
+    pairs = "; paired difference from the best ± its standard error, t = difference / error" if found.best else ""
+    yield f"Mean ± standard deviation over {seeds}{pairs}. Seconds: of training."
     if found.best is None:
         yield "no trial has a number for every seed: there is no best one"
     elif len(found.complete) > 1:
@@ -106,7 +107,7 @@ def _trial(found: Found, row: Row) -> dict[str, Any]:
         "overrides": list(found.points[row.graph]),
         "mean": spread and spread.mean,
         "deviation": spread and spread.deviation,
-        "difference": asdict(difference) if difference else None,
+        "difference": asdict(difference) if difference and found.best else None,
         "values": {str(seed): value for seed, value in row.values(metric).items()},
         "failed": {str(seed): each.reason for seed, each in row.failures(metric).items()},
         "unfinished": list(row.unfinished),

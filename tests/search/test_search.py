@@ -185,6 +185,7 @@ def test_where_every_trial_has_failed_there_is_no_best(search) -> None:
     assert code == 3
     assert "no trial has a number for every seed: there is no best one" in out
     assert "to put on" not in out
+    assert "difference" not in out
     assert result()["best"] is None
     asked = (
         "bowl.yaml",
@@ -199,6 +200,30 @@ def test_where_every_trial_has_failed_there_is_no_best(search) -> None:
     )  # nothing to tell the estimator but failures
     assert code == 3
     assert len(result("wild")["trials"]) == 3
+
+
+def test_an_interrupt_prints_what_is_there_exits_130_and_the_same_command_goes_on(search, monkeypatch) -> None:
+    step, taken = mlo.Graph.step, 0
+
+    def interrupted(*arguments):
+        nonlocal taken
+        taken += 1
+        if taken == 4:  # in the second trial of two iterations each
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    asked = ("bowl.yaml", "--over", "data.x=0.3:0.5:0.1")
+    with monkeypatch.context() as patched:
+        patched.setattr(mlo.Graph, "step", interrupted)
+        code, out, err = search(*asked)
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; the same command goes on"
+    assert out.splitlines()[-1] == "data.x=0.3"
+    assert "data.x=0.4, seed 0: not finished" in out
+    assert [trial["unfinished"] for trial in result()["trials"]] == [[], [0], [0]]
+    code, out, err = search(*asked)
+    assert (code, out.splitlines()[-1]) == (0, "data.x=0.4")
+    assert "data.x=0.4, seed 0: goes on from iteration 1" in err
 
 
 def test_what_trials_start_from_is_run_once(search) -> None:
