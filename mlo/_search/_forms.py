@@ -37,7 +37,7 @@ def print_found(found: Found, console: Console) -> None:
     names, numbers = heads(asked.space), columns(asked.metric)[1:]
     left_out = _LEFT_OUT if found.best else (*_LEFT_OUT, *_COMPARED)
     kept = [each not in left_out for each in numbers]
-    shown = Shown(box=rich.box.SIMPLE_HEAD, title=_title(asked), title_justify="left", title_style="bold")
+    shown = Shown(box=rich.box.SIMPLE_HEAD, title=Text(_title(asked)), title_justify="left", title_style="bold")
     for name in names:
         shown.add_column(Text(name), no_wrap=True)
     for head in (each for each, keep in zip(numbers, kept, strict=True) if keep):
