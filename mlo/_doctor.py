@@ -21,7 +21,7 @@ from mlo.spec import load, shipped_graphs
 from mlo.spec._problems import problem_module, problem_names
 
 _PACKAGES = ("torch", "numpy", "pydantic", "pydantic-core", "PyYAML", "networkx", "safetensors", "scikit-learn")
-_MORE = ("torchmetrics", "tensorboard", "typer", "rich", "pillow", "kornia")
+_MORE = ("torchmetrics", "tensorboard", "typer", "rich", "pillow", "kornia", "optuna")
 _ROOM = 200 * 2**20  # bytes: a run of needs_aware with its start keeps some twenty megabytes
 
 

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 Split: TypeAlias = Literal["validation", "test"]
 """The held-out data that an evaluation is about."""
 
+_SMALLER_IS_BETTER = ("loss", "error", "distance")
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether a metric is minimised, as one named …loss, …error or …distance is, or maximised, as any other."""
+    return metric.endswith(_SMALLER_IS_BETTER)
+
 
 class Settings(BaseModel):
     """The `data` section of a graph; a problem declares its own fields in a subclass."""

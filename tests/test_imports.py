@@ -38,6 +38,7 @@ LAYERS = [
     {"mlo.spec", "mlo.testing"},
     {"mlo._run"},
     {"mlo._audit", "mlo._doctor", "mlo._draw", "mlo._export", "mlo._new", "mlo._table"},
+    {"mlo._search"},
     {"mlo.cli"},
     {"mlo.__main__"},
 ]
@@ -166,7 +167,7 @@ import mlo
 mlo.optimizer.SGD(learning_rate=mlo.schedule.Cosine(start=0.1, over=9), momentum=0.9), mlo.optimizer.Adam()
 mlo.hypergradient.Unroll(), mlo.hypergradient.FiniteDifference().cost(3, 1)
 mlo.GraphError, mlo.NumericalError
-loaded = {"torch", "numpy", "networkx", "hypothesis", "problems"} & set(sys.modules)
+loaded = {"torch", "numpy", "networkx", "hypothesis", "optuna", "problems"} & set(sys.modules)
 assert not loaded, loaded
 """
 

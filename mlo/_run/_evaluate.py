@@ -11,7 +11,7 @@ import torch
 
 from mlo import _random
 from mlo._errors import UserError, nearest
-from mlo._problem import Evaluation, Split
+from mlo._problem import Evaluation, Split, smaller_is_better
 from mlo._run import _generators
 from mlo.spec._faults import Fault, kind_of, unknown
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from mlo._state import State
     from mlo.spec._build import Assembly
-
-_SMALLER_IS_BETTER = ("loss", "error", "distance")
 
 
 def evaluate(
@@ -33,15 +31,16 @@ def evaluate(
     return Evaluation(metrics=named, tables=found.tables, pictures=found.pictures)
 
 
-def try_evaluation(assembly: Assembly, state: State) -> None:
+def try_evaluation(assembly: Assembly, state: State) -> list[str]:
     """Evaluate `state` once, before anything is measured, and forget it: every random generator stays as it was.
 
-    Raises `SpecError` for an evaluation that cannot be called, gives something else than an `Evaluation` of numbers, or
-    has no metric of the name that selects: later, each of them would end a run that has begun.
+    Returns the names of the validation metrics, none where they cannot be known yet. Raises `SpecError` for an evaluation
+    that cannot be called, gives something else than an `Evaluation` of numbers, or has no metric of the name that selects:
+    later, each of them would end a run that has begun.
     """
     spec, judge = assembly.spec, assembly.problem.evaluate
     if spec.evaluation is None or judge is None:
-        return
+        return []
 
     def refuse(message: str, *key: str) -> None:
         spec.fail([Fault(("evaluation", *key), message, not key)])
@@ -54,7 +53,7 @@ def try_evaluation(assembly: Assembly, state: State) -> None:
     try:
         found: Any = _judged(assembly, state, {}, "validation", complete=False)
     except KeyError:  # perhaps of what nothing has been measured of yet
-        return
+        return []
     finally:
         _generators.restore(before)
     if not isinstance(found, Evaluation):
@@ -70,6 +69,7 @@ def try_evaluation(assembly: Assembly, state: State) -> None:
     metrics = [f"validation.{name}" for name in found.metrics]
     if spec.evaluation.select is not None and spec.evaluation.select not in metrics:
         refuse(unknown("metric", spec.evaluation.select, metrics), "select")
+    return metrics
 
 
 def _judged(
@@ -100,7 +100,7 @@ class Selection:
     @property
     def smaller_is_better(self) -> bool:
         """Whether the metric is minimised."""
-        return self.metric is not None and self.metric.endswith(_SMALLER_IS_BETTER)
+        return self.metric is not None and smaller_is_better(self.metric)
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """What to show of an evaluation: the metric that selects and the best it has been, or all metrics."""

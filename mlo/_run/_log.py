@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, final
 
 from mlo._run._events import Events
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mlo._state import Metrics
 
 METRICS = "metrics.jsonl"
+STEP = "seconds_of_step"
+"""The clock field of an iteration alone: its batches, its steps and the numbers that come of them."""
 _MANY = 200
 """Lines that are written together at most."""
 _PATIENCE = 5.0
@@ -82,13 +85,18 @@ class Log:
     def __init__(self, folder: Path, *, purge: int | None = None) -> None:
         self._file = (folder / METRICS).open("ab")
         self._events = Events(folder / "tensorboard", purge=purge)
-        self._collected: list[tuple[int, Mapping[str, Any], float, float]] = []
+        self._collected: list[tuple[int, Mapping[str, Any], dict[str, float], float]] = []
         self._written = 0.0
         self._broken: Exception | None = None
 
-    def write(self, iteration: int, entry: Mapping[str, Any], *, seconds: float) -> None:
-        """Add `entry` at `iteration`; `seconds` since the run began is a clock field, outside what runs agree on."""
-        self._collected.append((iteration, entry, seconds, time.time()))
+    def write(self, iteration: int, entry: Mapping[str, Any], *, seconds: float, step: float | None = None) -> None:
+        """Add `entry` at `iteration`, and what is outside of what runs agree on: clocks.
+
+        - `seconds`: since the run began.
+        - `step`: seconds that the iteration itself took; None for an evaluation.
+        """
+        clocks = {"seconds": round(seconds, 4)} | ({} if step is None else {STEP: round(step, 6)})
+        self._collected.append((iteration, entry, clocks, time.time()))
         if len(self._collected) >= _MANY or seconds - self._written > _PATIENCE:
             self._written = seconds
             self._write_collected()
@@ -111,8 +119,8 @@ class Log:
             raise self._broken
         try:
             lines = [
-                json.dumps({"iteration": iteration, **entry, "seconds": round(seconds, 4)})
-                for iteration, entry, seconds, _ in self._collected
+                json.dumps({"iteration": iteration, **entry, **clocks})
+                for iteration, entry, clocks, _ in self._collected
             ]
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             for iteration, entry, _, wall_time in self._collected:
@@ -147,3 +155,10 @@ def cut_metrics(folder: Path, *, length: int, iteration: int) -> None:
         )
     if path.exists():
         os.truncate(path, length)
+
+
+def seconds_per_iteration(folder: Path) -> float | None:
+    """The median of what iterations took, without evaluations and what is written; None if no line says it."""
+    with (folder / METRICS).open("rb") as file:
+        found = [step for line in file if (step := json.loads(line).get(STEP)) is not None]
+    return median(found) if found else None

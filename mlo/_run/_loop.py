@@ -82,19 +82,23 @@ class Loop:
     def _iterate(self, iteration: int, log: Log, progress: Progress) -> None:
         """One iteration, in which other processes take part, and then what comes of it, in which they do not."""
         levels = self.assembly.graph.levels
+        began = time.perf_counter()
         state, metrics = self.assembly.graph.step(self.standing.state, self.source.batches(levels, iteration))
         if iteration % self.assembly.checkpoint_every == 0:
             self.processes.compare(state)
         try:
-            self._account(iteration, state, metrics, log, progress)
+            self._account(iteration, state, metrics, log, progress, began)
         except BaseException:
             self.processes.agree(Word.FAILED)
             raise
 
-    def _account(self, iteration: int, state: State, metrics: Metrics, log: Log, progress: Progress) -> None:
+    def _account(
+        self, iteration: int, state: State, metrics: Metrics, log: Log, progress: Progress, began: float
+    ) -> None:
         """First everything that can be broken off, then everything that cannot."""
         levels = self.assembly.graph.levels
-        entry = plain(metrics)
+        entry = plain(metrics)  # numbers are waited for here, which ends the step on an accelerator
+        took = time.perf_counter() - began
         standing = self.standing.after(state, metrics, entry, levels)
         found = None
         if self._evaluates(iteration):
@@ -103,7 +107,7 @@ class Loop:
         warned = standing.warned_since(self.standing)
         with self.stop.keeping():
             self.standing = standing
-            log.write(iteration, entry, seconds=self._seconds())
+            log.write(iteration, entry, seconds=self._seconds(), step=took)
             if found is not None:
                 log.write(iteration, {"evaluation": finite(found)}, seconds=self._seconds())
             if iteration % self.assembly.checkpoint_every == 0:

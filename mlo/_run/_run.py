@@ -20,7 +20,7 @@ from mlo._run._files import LOCK, Held, Refused, remove_parts, run_folder, write
 from mlo._run._follow import follow
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import alone
-from mlo._run._log import METRICS, cut_metrics
+from mlo._run._log import METRICS, cut_metrics, seconds_per_iteration
 from mlo._run._loop import Loop
 from mlo._run._open import Run, open_run
 from mlo._run._processes import Processes, together
@@ -223,6 +223,7 @@ class _Life:
             negative_curvature=loop.standing.negative_curvature(),
             warnings=loop.standing.warnings,
             seconds=time.monotonic() - began,
+            seconds_per_iteration=seconds_per_iteration(self.folder),
             processes=self.processes.size,
         )
         write_json(self.folder / "summary.json", summary)

@@ -35,6 +35,7 @@ def summarise(
     negative_curvature: Mapping[str, Any],
     warnings: Mapping[str, Mapping[str, str]],
     seconds: float,
+    seconds_per_iteration: float | None,
     processes: int,
 ) -> dict[str, Any]:
     """Everything worth keeping about a finished run, as JSON holds it."""
@@ -61,6 +62,7 @@ def summarise(
         "processes": processes,
         "peak_memory": peak_memory(torch.device(spec.device)),
         "seconds": round(seconds, 3),
+        "seconds_per_iteration": seconds_per_iteration,
     }
 
 

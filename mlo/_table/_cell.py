@@ -22,6 +22,8 @@ NUMBERS = 3
 _NOT_COMPARED = ("name", "checkpoint", "start")
 _SUMMARY = ("selected", "metrics", "counts", "versions", "git_commit", "spec_hash", "seconds")
 """What a table takes from the summary of a run."""
+CLOCK = "seconds_per_iteration"
+"""Of the summary: the median over iterations, without evaluations and pretraining; a run of an older version has none."""
 _SHOWN = 5
 """Differences that are named; the rest is counted."""
 
@@ -33,6 +35,12 @@ class Finished:
 
     folder: Path
     summary: Mapping[str, Any]
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """By name, all that may be compared: the metrics, and a clock."""
+        clock = {CLOCK: self.summary[CLOCK]} if CLOCK in self.summary else {}
+        return {**self.summary["metrics"], **clock}
 
     @cached_property
     def seconds(self) -> float:

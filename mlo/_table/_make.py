@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -18,7 +18,7 @@ from mlo._errors import MachineError, MloError, SpecError, UserError
 from mlo._run._interrupt import stoppable
 from mlo._run._lock import name_of
 from mlo._table._cell import refuse_others, standing
-from mlo._table._plan import Cell, Plan, Request, plan, told
+from mlo._table._plan import Cell, Plan, told
 from mlo._table._work import Event, Kind, Say, forget_failures, work
 from mlo.spec._build import assemble
 
@@ -35,29 +35,11 @@ class _Refused:
     code: int
 
 
-def make(request: Request, planned: Plan, say: Say, *, jobs: int = 1, patient: bool = True) -> list[str]:
-    """Run what is missing of `planned`, which is the plan of `request`; how workers have died whose cells others took over.
+def build_each(missing: Sequence[Cell]) -> None:
+    """Build every graph once, so that a mistake in the last one is found before hours are spent on the others.
 
-    One job runs in this process, several in new ones. With `patient`, cells that other processes are working on are
-    waited for. Raises `UserError` for folders that hold other runs, `SpecError` for what a problem refuses, both before
-    the first run; KeyboardInterrupt once all workers have kept their checkpoints; `MachineError` if all of them have died.
+    Raises `SpecError` with all of them.
     """
-    refuse_others(planned)
-    forget_failures(planned)
-    missing = [cell for cell in planned.cells if standing(cell) is None]
-    if not missing:
-        return []
-    _check(missing)
-    jobs = min(jobs, len(missing))
-    if jobs > 1:
-        return _work_in_processes(request, say, jobs=jobs, patient=patient)
-    with stoppable():
-        work(planned.cells, say, wait=patient)
-    return []
-
-
-def _check(missing: Sequence[Cell]) -> None:
-    """Build every graph once, so that a mistake in the last one is found before hours are spent on the others."""
     errors: dict[str, list[str]] = {}
     firsts = {cell.graph: cell for cell in reversed(missing)}
     for cell in firsts.values():
@@ -70,14 +52,47 @@ def _check(missing: Sequence[Cell]) -> None:
         raise SpecError(told(errors, len(firsts)))
 
 
-def _work_in_processes(request: Request, say: Say, *, jobs: int, patient: bool) -> list[str]:
+def make(
+    plan: Callable[[], Plan],
+    planned: Plan,
+    say: Say,
+    *,
+    jobs: int = 1,
+    patient: bool = True,
+    check: Callable[[Sequence[Cell]], None] = build_each,
+) -> list[str]:
+    """Run what is missing of `planned`; how workers have died whose cells others took over.
+
+    - `plan`: makes `planned` again in another process, to which it is sent.
+    - `jobs`: one runs in this process, several in new ones.
+    - `patient`: cells that other processes are working on are waited for.
+    - `check`: given what is missing, if anything is, raises `SpecError` for what a problem refuses.
+
+    Raises `UserError` for folders that hold other runs, `SpecError` for what a problem refuses, both before
+    the first run; KeyboardInterrupt once all workers have kept their checkpoints; `MachineError` if all of them have died.
+    """
+    refuse_others(planned)
+    forget_failures(planned)
+    missing = [cell for cell in planned.cells if standing(cell) is None]
+    if not missing:
+        return []
+    check(missing)
+    jobs = min(jobs, len(missing))
+    if jobs > 1:
+        return _work_in_processes(plan, say, jobs=jobs, patient=patient)
+    with stoppable():
+        work(planned.cells, say, wait=patient)
+    return []
+
+
+def _work_in_processes(plan: Callable[[], Plan], say: Say, *, jobs: int, patient: bool) -> list[str]:
     context = get_context("spawn")
     processes: dict[Connection, BaseProcess] = {}
     with stoppable():
         try:
             for number in range(jobs):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_worker, args=(request, number, jobs, patient, theirs))
+                process = context.Process(target=_worker, args=(plan, number, jobs, patient, theirs))
                 _start(process)
                 theirs.close()
                 processes[ours] = process
@@ -134,12 +149,12 @@ def _stop(processes: Iterable[BaseProcess]) -> None:
                 process.join()
 
 
-def _worker(request: Request, number: int, jobs: int, patient: bool, heard: Connection) -> None:
+def _worker(plan: Callable[[], Plan], number: int, jobs: int, patient: bool, heard: Connection) -> None:
     """A process of its own. Each begins with another seed, so that they seldom want the same start run at once."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with stoppable():
-            planned = plan(request)
+            planned = plan()
             first = number * len(planned.seeds) // jobs * len(planned.graphs)
 
             def say(event: Event) -> None:

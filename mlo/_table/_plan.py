@@ -92,7 +92,7 @@ def plan(request: Request) -> Plan:
         except SpecError as error:
             mistakes.setdefault(str(error), []).append(text)
             continue
-        place = _folder_name(spec.name).casefold()
+        place = folder_name(spec.name).casefold()
         if place in files:
             twice = "given twice" if files[place] == text else f"named '{spec.name}', as {files[place]} is"
             raise UserError(
@@ -104,7 +104,7 @@ def plan(request: Request) -> Plan:
     if mistakes:
         raise SpecError(told(mistakes, len(request.graphs)))
     cells = tuple(
-        Cell(name, seed, spec.replaced(f"seed={seed}"), request.out / _folder_name(name) / f"seed-{seed}")
+        Cell(name, seed, spec.replaced(f"seed={seed}"), request.out / folder_name(name) / f"seed-{seed}")
         for seed in request.seeds
         for name, spec in graphs.items()
     )
@@ -130,7 +130,7 @@ def control_of(plan: Plan, against: str | None) -> str:
     return against
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
     """A graph's name as one folder's, whatever is in it."""
     quoted = quote(name, safe=" ")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted

@@ -39,7 +39,7 @@ class Row:
 
     def values(self, metric: str) -> dict[int, float]:
         """By seed, what is a number of `metric`."""
-        found = {seed: run.summary["metrics"].get(metric) for seed, run in self.finished.items()}
+        found = {seed: run.numbers.get(metric) for seed, run in self.finished.items()}
         return {seed: float(value) for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def failures(self, metric: str) -> dict[int, Failure]:
@@ -143,8 +143,8 @@ def tabulate(
     for row in rows:
         for run in row.finished.values():
             for metric in chosen:
-                if metric not in run.summary["metrics"]:
-                    raise UserError(f"{row.graph}: {unknown('metric', metric, run.summary['metrics'])}")
+                if metric not in run.numbers:
+                    raise UserError(f"{row.graph}: {unknown('metric', metric, run.numbers)}")
     return Table(seeds=plan.seeds, metrics=chosen, against=control, rows=tuple(rows))
 
 

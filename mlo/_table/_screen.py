@@ -32,9 +32,13 @@ def print_table(table: Table, console: Console) -> None:
             shown.add_column(Text(head), justify="left" if number < LEFT else "right", min_width=least)
         for row in rows[1:]:
             shown.add_row(*map(Text, row))
-        # Numbers that are cut off say nothing: where the screen is narrower, its lines wrap.
-        wide = console.measure(shown, options=console.options.update(width=_WIDEST)).minimum
-        whole = Console(file=console.file, width=max(wide, console.width), force_terminal=console.is_terminal)
-        whole.print(shown)
+        print_whole(shown, console)
     for line in remarks(table):
         progress_line(console)(line)
+
+
+def print_whole(shown: Shown, console: Console) -> None:
+    """Numbers that are cut off say nothing: where the screen is narrower than `shown`, its lines wrap."""
+    wide = console.measure(shown, options=console.options.update(width=_WIDEST)).minimum
+    whole = Console(file=console.file, width=max(wide, console.width), force_terminal=console.is_terminal)
+    whole.print(shown)

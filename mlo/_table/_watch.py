@@ -27,9 +27,12 @@ _TAIL = 1 << 16
 
 @final
 class Watch:
-    """Called with every event; a context in which the moving lines are drawn."""
+    """Called with every event; a context in which the moving lines are drawn.
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    - `what`: what a row of the plan is called.
+    """
+
+    def __init__(self, plan: Plan, console: Console, what: str = "graph") -> None:
         self._cells = {(cell.graph, cell.seed): cell for cell in plan.cells}
         self._running: dict[tuple[str, int], Cell] = {}
         self._say = progress_line(console)
@@ -38,7 +41,7 @@ class Watch:
             if console.is_terminal and not console.quiet
             else None
         )
-        graphs, seeds = _counted(len(plan.graphs), "graph"), _counted(len(plan.seeds), "seed")
+        graphs, seeds = _counted(len(plan.graphs), what), _counted(len(plan.seeds), "seed")
         failed = sum(isinstance(standing(cell), Failure) for cell in plan.cells)
         self._say(
             f"{graphs} × {seeds} in {plan.out}: {self._done()} of {len(plan.cells)} are done"

@@ -20,6 +20,7 @@ from mlo.cli._export import export
 from mlo.cli._new import new
 from mlo.cli._resume import INTERRUPTED, interruptible, resume
 from mlo.cli._schema import schema
+from mlo.cli._search import search
 from mlo.cli._show import show
 from mlo.cli._table import table
 
@@ -87,7 +88,7 @@ def check(
     describe(assembly, Console())
 
 
-for command in (resume, table, show, audit, export, new, schema, doctor):
+for command in (resume, table, search, show, audit, export, new, schema, doctor):
     app.command()(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,7 +93,7 @@ def table(
     interrupted = False
     with Watch(planned, progress) as watch:
         try:
-            for how in make(request, planned, watch, jobs=jobs, patient=not no_wait):
+            for how in make(partial(plan, request), planned, watch, jobs=jobs, patient=not no_wait):
                 progress.print(f"a worker has died ({how}); others took over what it left", highlight=False)
         except KeyboardInterrupt:
             interrupted = True

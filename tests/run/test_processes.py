@@ -174,7 +174,7 @@ def alone(folder: Path, *overrides: str, out: str = "one") -> None:
 
 def lines(run: mlo.Run) -> list[dict[str, Any]]:
     """The metrics without clocks and without what recording saves one process."""
-    left_out = ("seconds", "gradients")
+    left_out = ("seconds", "seconds_of_step", "gradients")
     return [{key: value for key, value in line.items() if key not in left_out} for line in run.metrics]
 
 

@@ -133,7 +133,7 @@ def test_trying_the_evaluation_changes_no_number(written: Written, monkeypatch: 
     monkeypatch.setattr("mlo._run._run.try_evaluation", lambda *_: None)
     plain = mlo.run(written("evaluation.select=validation.size"), "plain", quiet=True)
     for one, other in zip(tried.metrics, plain.metrics, strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+        assert {**one, "seconds": 0, "seconds_of_step": 0} == {**other, "seconds": 0, "seconds_of_step": 0}
 
 
 def test_a_metric_that_is_never_a_number_selects_nothing_and_is_null_in_json(written: Written) -> None:

@@ -28,7 +28,8 @@ def penalty(*overrides: str) -> mlo.Spec:
 
 def numbers(run: mlo.Run) -> tuple:
     lines = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in run.metrics]
-    summary = {key: value for key, value in run.summary.items() if key not in ("seconds", "peak_memory", "git_commit")}
+    left_out = ("peak_memory", "git_commit")
+    summary = {key: value for key, value in run.summary.items() if not key.startswith(("seconds", *left_out))}
     tensors = {path.name: path.read_bytes() for path in (run.folder / "checkpoint").glob("*.safetensors")}
     return lines, summary, tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_the_folder_holds_spec_metrics_summary_checkpoints_and_events(tmp_path: 
     assert [line["iteration"] for line in run.metrics if "evaluation" in line] == [2, 4, 6]
     assert all("seconds" in line for line in run.metrics)
     summary = run.summary
+    assert summary["seconds_per_iteration"] == statistics.median(line["seconds_of_step"] for line in steps)
+    assert 0 < sum(line["seconds_of_step"] for line in steps) < summary["seconds"]
+    assert all("seconds_of_step" not in line for line in run.metrics if "evaluation" in line)
     assert summary["seed"] == 0
     assert summary["spec_hash"] == penalty().hash
     assert summary["counts"] == summary["predicted_counts"] == {"gradients": 126, "products": 120, "pullbacks": 6}

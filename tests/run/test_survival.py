@@ -49,7 +49,7 @@ def numbers(folder: Path) -> tuple:
     summary = {
         key: value
         for key, value in run.summary.items()
-        if key not in ("seconds", "peak_memory", "starts", "git_commit")
+        if not key.startswith("seconds") and key not in ("peak_memory", "starts", "git_commit")
     }
     tensors = {path.name: path.read_bytes() for path in (folder / "checkpoint").glob("*.safetensors")}
     return lines, summary, tensors

@@ -66,6 +66,20 @@ def test_finished_cells_are_not_run_again_and_another_metric_and_control_can_be_
     assert table("plain.yaml", "--seeds", "3", "--out", "runs/table")[2].splitlines()[0].endswith("2 of 3 are done")
 
 
+def test_the_time_of_an_iteration_can_be_compared_without_evaluations(table) -> None:
+    slow = ("data.pause=0.004", "iterations=5", "evaluation.every=1", "--metric", "seconds_per_iteration")
+    code, out, _ = table(*BOTH, "2", *slow)
+    assert code == 0
+    assert HEAD.format("seconds_per_iteration") in out
+    graphs = {each["name"]: each for each in json.loads(Path("runs/table/table.json").read_text())["graphs"]}
+    plain, slower = (graphs[name]["metrics"]["seconds_per_iteration"] for name in ("plain", "slower"))
+    assert plain["mean"] >= 3 * 0.004  # three steps of the lower level; the other graph takes two
+    assert slower["mean"] >= 2 * 0.004
+    assert slower["difference"]["n"] == 2
+    summary = mlo.open_run(Path("runs/table/plain/seed-0")).summary
+    assert summary["seconds_per_iteration"] * 5 < summary["seconds"]
+
+
 def test_csv_and_json_hold_the_same_numbers_and_json_those_of_every_cell(table) -> None:
     code, out, _ = table(*BOTH, "2", "--format", "json")
     assert code == 0
@@ -274,7 +288,9 @@ def test_a_metric_that_is_not_there_is_refused_and_what_was_run_stays(table) -> 
     assert table(*BOTH, "1", "--quiet")[0] == 0
     code, out, err = table(*BOTH, "2", "--metric", "test.distanc")
     assert (code, out) == (2, "")
-    assert err.startswith("plain: no metric named 'test.distanc'. Did you mean 'test.distance'?\n  Known: test.")
+    assert err.startswith(
+        "plain: no metric named 'test.distanc'. Did you mean 'test.distance'?\n  Known: seconds_per_i"
+    )
     assert not Path("runs/table/plain/seed-1").exists()
 
 
