@@ -56,6 +56,8 @@ class Data(ImageSettings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
+    if settings.latent < 1:
+        raise ValueError(f"latent is {settings.latent}; it must be at least 1")
     found = settings.sets(context.seed)
     learned = found.train if settings.part == "train" else found.rest
     if len(learned) == 0:

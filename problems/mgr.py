@@ -81,6 +81,8 @@ class Data(ImageSettings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
+    if settings.latent < 1:
+        raise ValueError(f"latent is {settings.latent}; it must be at least 1")
     found = settings.sets(context.seed)
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the finder to be judged by")
@@ -263,6 +265,17 @@ def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Ge
     return {"z": z, "labels": labels, "strong": cast}
 
 
+def _classifier(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
+    """The level that is judged: level `classifier`, if it is in `model`, as where a graph names none; or else the first."""
+    name = "classifier" if "classifier" in model else model[0]
+    level = values[name]
+    if "head.weight" not in level and "head.weight" not in getattr(level, "buffers", ()):
+        raise mlo.UserError(
+            f"evaluation.model: level '{name}' is no network and classifies nothing; name one, such as 'classifier'"
+        )
+    return level
+
+
 def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.Evaluate:
     """Judges the classifier, and the images of the generator, if there is one, from uniform and from found latents."""
     parts = {"validation": found.validation, "test": found.test}
@@ -291,7 +304,7 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         totals: Mapping[str, Mapping[str, Tensor]],
         complete: bool,
     ) -> mlo.Evaluation:
-        network = values[model[0]]
+        network = _classifier(values, model)
         metrics = scores(network, split)
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}
