@@ -11,6 +11,7 @@ A graph names its levels `classifier`, `generator` and `finder`: objectives read
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial, wraps
 from typing import Any, Literal, TypeAlias
 
@@ -33,12 +34,16 @@ from problems.blocks.consistency import (
 from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
 from problems.blocks.image_sets import ImageSets, ImageSettings, in_order, stream
+from problems.blocks.judge import Judge, judge_from
 from problems.blocks.latents import kl_to_standard_normal
 from problems.blocks.networks import Divided, networks_for
+from problems.blocks.quality import feature_frechet_distance
 from problems.blocks.samples import (
     FEWER,
     SAMPLES,
     DigitScores,
+    Find,
+    Generate,
     drawn,
     embedding,
     sample_labels,
@@ -53,6 +58,8 @@ Variables: TypeAlias = Callable[..., nn.Module]
 
 AT_ONCE, OF_PHOTOGRAPHS = 512, 64
 """Images that are judged together; 512 of 224 pixels take 3.2 GB in a ResNet-18, 64 take 0.4."""
+JUDGED = 2048
+"""Photographs that a judge compares, generated and real ones, where there are as many for the test (the paper's §4.5)."""
 
 AUGMENTATIONS: Mapping[str, tuple[Transform, Draws]] = {
     "augmix": (augmix, augmix_draws),
@@ -72,11 +79,15 @@ class Data(ImageSettings):
     - `latent`: the size of z, which must be the generator's.
     - `strongest`: the largest magnitude of T's operations, in [0, 1]: `problems.blocks.augmentation`.
     - `augmentation`: what is done to real training images beside the set's standard augmentation, Table 3.
+    - `judge`, `judge_depth`: a file with the weights of a ResNet of torchvision, and its depth, in whose features generated
+      photographs are compared with real ones: `problems.blocks.judge`. Digits have a judge of their own.
     """
 
     latent: int = 64
     strongest: float = 1.0
     augmentation: Literal["none", "augmix", "rand_augment", "trivial_augment"] = "none"
+    judge: str | None = None
+    judge_depth: Literal[18, 34, 50, 101] = 18
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
@@ -88,6 +99,10 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the finder to be judged by")
     if not 0 <= settings.strongest <= 1:
         raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
+    if settings.judge is not None and found.channels != 3:
+        raise ValueError(
+            f"judge is '{settings.judge}'; images of {found.name} are grey, and it is a network of coloured ones"
+        )
     drawn = partial(stream, size=settings.batch_size, device=context.device, dtype=context.dtype)
     train = drawn(found.train)
     if settings.augmentation != "none":
@@ -289,6 +304,29 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
             return None
         return DigitScores(torch.cat([batch["images"] for batch in taken(found.test)]))
 
+    judge = settings.judge and judge_from(settings.judge, depth=settings.judge_depth, device=context.device)
+    count = min(JUDGED, len(found.test))
+
+    @cache
+    def features_of_real() -> Tensor:
+        places = torch.arange(count) * len(found.test) // count  # of all classes, in whatever order they come
+        part = replace(found.test, index=found.test.index[places], labels=found.test.labels[places])
+        return torch.cat([judge(batch["images"]) for batch in taken(part)]) if judge else torch.empty(0)
+
+    def judged(judge: Judge, generate: Generate, find: Find | None) -> dict[str, float]:
+        """The distances of as many generated photographs, of the same z and y in each evaluation."""
+        draws = torch.Generator().manual_seed(context.seed)
+        z = torch.randn(count, settings.latent, generator=draws, dtype=context.dtype).to(context.device)
+        labels = sample_labels(count, classes=found.classes, device=context.device)
+        features: dict[str, list[Tensor]] = {}
+        for some, of_some in zip(z.split(at_once), labels.split(at_once), strict=True):
+            for name, each in drawn(generate, find, some, of_some).items():
+                features.setdefault(name, []).append(judge(each.images))
+        return {
+            f"{name}_feature_frechet_distance": feature_frechet_distance(features_of_real(), torch.cat(parts)).item()
+            for name, parts in features.items()
+        }
+
     def scores(network: Any, split: mlo.Split) -> dict[str, float]:
         labels = parts[split].labels.to(context.device)
         logits = torch.cat([network(batch["images"], training=False) for batch in taken(parts[split])])
@@ -310,22 +348,27 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}
         synthetic: Tensor | None = None
-        if "generator" in values and (complete or digits() is not None):
-            generate, find = partial(values["generator"], training=False), values.get("finder")
-            count = FEWER if digits() is None else SAMPLES
-            z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
-            samples = drawn(generate, find, z, sample_labels(count, classes=found.classes, device=context.device))
-            if (judge := digits()) is not None:
-                metrics |= {f"{name}_feature_frechet_distance": judge.distance(each) for name, each in samples.items()}
+        generate, find = (
+            partial(values["generator"], training=False) if "generator" in values else None,
+            values.get("finder"),
+        )
+        if generate is not None and judge:
+            metrics |= judged(judge, generate, find)
+        if generate is not None and (complete or digits() is not None):
+            shown = FEWER if digits() is None else SAMPLES
+            z = torch.randn(shown, settings.latent, dtype=context.dtype).to(context.device)
+            samples = drawn(generate, find, z, sample_labels(shown, classes=found.classes, device=context.device))
+            if (real := digits()) is not None:
+                metrics |= {f"{name}_feature_frechet_distance": real.distance(each) for name, each in samples.items()}
             if complete:
                 tables = (samples_table(samples, digits()),)
                 pictures |= samples_pictures(generate, find, latent=settings.latent, classes=found.classes, like=z)
                 synthetic = network([*samples.values()][-1].images, part="features", training=False)
         if complete:
             batches = list(taken(found.train))
-            real = torch.cat([network(batch["images"], part="features", training=False) for batch in batches])
+            features = torch.cat([network(batch["images"], part="features", training=False) for batch in batches])
             labels = torch.cat([batch["labels"] for batch in batches])
-            pictures["features"], metrics["features_in_plane"] = embedding(real, labels, synthetic)
+            pictures["features"], metrics["features_in_plane"] = embedding(features, labels, synthetic)
         return mlo.Evaluation(metrics=metrics, tables=tables, pictures=pictures)
 
     return evaluate

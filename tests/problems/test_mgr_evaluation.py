@@ -15,6 +15,7 @@ from problems import mgr
 from problems.blocks.image_sets import image_sets, in_order
 from problems.blocks.pictures import GREY, PALETTE, scatter, tiles
 from problems.blocks.samples import embedding, samples_pictures
+from problems.blocks.torchvision_door import torchvision
 
 CONTEXT = mlo.Context(seed=0, device=torch.device("cpu"), dtype=torch.float32)
 WHITE = (255, 255, 255)
@@ -211,3 +212,94 @@ def test_a_row_of_samples_is_of_one_class_and_both_pictures_of_the_same_latents(
         assert (of_row[:10] - row / 10).abs().max() < 0.06
         assert of_row[:10].std() > 0.005
     assert list(samples_pictures(shaded, None, latent=4, classes=4, like=torch.zeros(1))) == ["synthetic_uniform"]
+
+
+# photographs
+
+
+@pytest.fixture(scope="module")
+def cars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cars")
+    write("cars", root, classes=3, train=10, test=4, patches=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ResNet-18 as torchvision saves it, of numbers drawn at random."""
+    torch.manual_seed(4)
+    network = torchvision("models").resnet18(num_classes=5)
+    path = tmp_path_factory.mktemp("judge") / "resnet18.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def painted(z: Tensor, labels: Tensor, *, training: bool) -> Tensor:
+    assert not training
+    return (z[:, :3, None, None] + labels[:, None, None, None] / 100).sigmoid().expand(-1, 3, 64, 64)
+
+
+def test_photographs_are_held_against_real_ones_in_the_features_of_a_network_from_a_file(
+    cars: Path, weights: Path
+) -> None:
+    """By hand: torchvision's network without its last layer, ImageNet's normalisation, eigenvalues for the root."""
+    settings: dict[str, Any] = {
+        "source": "cars",
+        "root": str(cars),
+        "size": 64,
+        "whole": False,
+        "latent": 8,
+        "fraction": 1.0,
+    }
+    values = {"classifier": Classifier(3 * 64 * 64, 196), "generator": painted, "finder": shifted}
+    metrics = judged(values, "validation", judge=str(weights), **settings).metrics
+    network = torchvision("models").resnet18(num_classes=5)
+    network.load_state_dict(torch.load(weights))
+    network.fc = torch.nn.Identity()
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network.eval()((images - mean[:, None, None]) / deviation[:, None, None]).double()
+
+    found = image_sets("cars", root=cars, seed=0, complete=False, size=64).test
+    assert len(found) == 12
+    batches = list(in_order(found, size=500, device=CONTEXT.device, dtype=CONTEXT.dtype))
+    real = features(torch.cat([each["images"] for each in batches]))
+    z = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    for name, latents in (("uniform", z), ("found", shifted(z))):
+        made = features(painted(latents, torch.arange(12), training=False))
+        trace = torch.linalg.eigvals(real.T.cov() @ made.T.cov()).real.clamp(min=0).sqrt().sum()
+        distance = (
+            (real.mean(0) - made.mean(0)).square().sum() + real.T.cov().trace() + made.T.cov().trace() - 2 * trace
+        )
+        assert metrics[f"{name}_feature_frechet_distance"] == pytest.approx(distance.item(), rel=1e-3)
+    complete = judged(values, "validation", complete=True, judge=str(weights), **settings)
+    assert {name: complete.metrics[name] for name in metrics} == metrics
+    without = judged(values, "validation", complete=True, **settings)
+    assert not any("frechet" in name for name in without.metrics)
+    assert all(torch.equal(picture, without.pictures[name]) for name, picture in complete.pictures.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.judge=nowhere.pth", r"data\.judge: judge is 'nowhere\.pth'; there is no such file"),
+        ("data.judge_depth=34", r"data\.judge: judge is '.*', which does not hold a ResNet-34 of torchvision"),
+        ("data.judge_depth=19", r"data\.judge_depth: expected 18, 34, 50 or 101, got 19"),
+        ("data.source=digits", r"data\.judge: judge is '.*'; images of digits are grey"),
+    ],
+)
+def test_judges_that_are_refused(change: str, message: str, cars: Path, weights: Path) -> None:
+    graph = Path(__file__).parents[2] / "graphs" / "mgr.yaml"
+    spec = mlo.load(
+        graph,
+        "data.source=cars",
+        f"data.root={cars}",
+        "data.complete=false",
+        "data.fraction=1.0",
+        f"data.judge={weights}",
+        change,
+    )
+    with pytest.raises(mlo.SpecError, match=message):
+        spec.build()
