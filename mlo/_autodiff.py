@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
 from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
@@ -185,6 +185,90 @@ def gradients(
         return {}, value.detach(), after
     found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
     return _grouped(leaves, found), value.detach(), after
+
+
+@final
+class Shared:
+    """Parts that evaluations of a function at several places have in common: computed by the first of them, and kept.
+
+    - `leaves`: what the function is differentiated towards, in every evaluation.
+    - `first`: the place of the evaluation that computes the parts, which they must not depend on.
+    - `used`: whether they were pulled back, and their history is gone.
+    - `pairs`: their tensors that have a history, each with the leaf that evaluations see in its place, so that what
+      arrives there is gathered before it is pulled any further.
+    """
+
+    def __init__(self, towards: Mapping[str, Tree], first: Tree) -> None:
+        self.leaves: Mapping[str, Tree] = {name: _tree.apply(_leaf, tree) for name, tree in towards.items()}
+        self.first: Tree = _tree.apply(_leaf, first)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.used = False
+        self._seen: dict[str, Tree] = {}
+
+    def __call__(self, name: str, compute: Callable[[], Tree]) -> Tree:
+        """What `compute` gave when this name was asked for first."""
+        if name not in self._seen:
+            self._seen[name] = _tree.apply(self._stand_in, compute())
+        return self._seen[name]
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        self.pairs.append((tensor, _leaf(tensor)))
+        return self.pairs[-1][1]
+
+
+def gradient_at_first(
+    function: Callable[[Mapping[str, Tree], Tree, Shared], tuple[Tensor, After]], shared: Shared
+) -> tuple[Upstream, Tensor, After]:
+    """∇function at `shared.first` by the name "", or nothing; its value, and what else it returned: as `gradients` gives it.
+
+    What the function shares is computed, with its history, and kept.
+    """
+    with torch.enable_grad():
+        value, after = function(shared.leaves, shared.first, shared)
+    if not value.requires_grad:
+        return {}, value.detach(), after
+    inputs = _tree.leaves(shared.first)
+    found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
+    return _grouped({"": shared.first}, found), value.detach(), after
+
+
+def difference(
+    function: Callable[[Mapping[str, Tree], Tree, Shared], tuple[Tensor, Any]],
+    shared: Shared,
+    above: Tree,
+    below: Tree,
+) -> tuple[Upstream, bool]:
+    """∂function/∂leaves at the place `above`, less that at `below`, for the leaves that it depends on.
+
+    What the function shares is pulled back once, linear as that is in what arrives. Two reverse passes and one through
+    what is shared, whose history is gone then. Not inside a transform. Also gives whether that depends on `shared.first`.
+    """
+    shared.used = True
+    inputs = [leaf for tree in shared.leaves.values() for leaf in _tree.leaves(tree)]
+    total: list[Tensor | None] = [None] * len(inputs)
+    with torch.enable_grad():
+        for place, sign in ((above, 1.0), (below, -1.0)):
+            value, _ = function(shared.leaves, place, shared)
+            everything = [*inputs, *(leaf for _, leaf in shared.pairs)]
+            total += [None] * (len(everything) - len(total))
+            if value.requires_grad and everything:
+                weight = torch.full_like(value, sign)
+                total = _sums(total, _reversed((value,), everything, (weight,), retain=False, again=False))
+    direct, gathered = total[: len(inputs)], total[len(inputs) :]
+    arrived = [(made, weight) for (made, _), weight in zip(shared.pairs, gathered, strict=True) if weight is not None]
+    if not arrived:
+        return _grouped(shared.leaves, direct), False
+    outputs, weights = zip(*arrived, strict=True)
+    found = _reversed(outputs, [*inputs, *_tree.leaves(shared.first)], weights, retain=False, again=False)
+    depends = any(each is not None for each in found[len(inputs) :])
+    return _grouped(shared.leaves, _sums(direct, found[: len(inputs)])), depends
+
+
+def _sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    pairs = zip(some, others, strict=True)
+    return [one if other is None else other if one is None else one + other for one, other in pairs]
 
 
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:

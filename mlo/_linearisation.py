@@ -13,7 +13,16 @@ from mlo._autodiff import inside_transform, is_recorded, is_traced, linearise, r
 from mlo._chunks import Chunks
 from mlo._objective import options_of, partials
 from mlo._reduction import reduced_trees
-from mlo._step import Position, Surroundings, connected, followed, gradient_of_reads, recorded, regrouped
+from mlo._step import (
+    Position,
+    Surroundings,
+    connected,
+    difference_of_reads,
+    followed,
+    gradient_of_reads,
+    recorded,
+    regrouped,
+)
 from mlo.hypergradient import AbstractLinearisation, AbstractStep
 from mlo.optimizer import l2_decays
 from mlo.optimizer._arithmetic import add, is_zero
@@ -114,6 +123,12 @@ class Linearisation(AbstractLinearisation):
         if self._chunks is not None:
             return self._chunks.gradient_of_reads(variables)
         return gradient_of_reads(self._level, self._around, variables, self._at, self._record)
+
+    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+        """See `AbstractLinearisation`. What the objective shares is computed once, but for chunks."""
+        if self._chunks is not None:
+            return super().difference_of_reads(above, below)
+        return difference_of_reads(self._level, self._around, (above, below), self._at, self._record)
 
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:
         """See `AbstractLinearisation`."""

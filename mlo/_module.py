@@ -185,6 +185,16 @@ class ModuleVariables(Mapping[str, "Tensor"]):
         """The buffers after the calls so far, with the frozen parameters."""
         return self._buffers
 
+    def fixed(self) -> ModuleVariables:
+        """The same module at the same numbers, held fixed.
+
+        Derivatives of its calls reach their arguments and not this level, and the buffers they update are not kept.
+        """
+        parameters, buffers = (
+            {name: tensor.detach() for name, tensor in each.items()} for each in (self._parameters, self._buffers)
+        )
+        return ModuleVariables(self._skeleton, parameters, buffers)
+
     def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The module's output."""
         written = self._skeleton.written

@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast, final
+from weakref import WeakSet
 
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import gradients, inside_transform, is_traced
+from mlo._autodiff import Shared, difference, gradient_at_first, gradients, inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._module import ModuleVariables, Skeleton
 from mlo._reduction import current_group, reduced_trees
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from mlo._level import Level
     from mlo._state import Parts
     from mlo._types import Tree, Upstream
+
+Part = TypeVar("Part", bound="Tree")
+
+Share: TypeAlias = "Callable[[str, Callable[[], Tree]], Tree]"
+"""Where a part of an objective comes from, by its name and what computes it."""
+
+_SHARING: WeakSet[Level] = WeakSet()
+"""Levels whose objective was seen to share a part. It decides when that is computed, and no number."""
 
 
 @final
@@ -69,11 +78,13 @@ class UnlistedLevelError(UserError, KeyError):
 class Values(Mapping[str, Any]):
     """The levels an objective may read: `values[name]` is a tensor, tensors by name, or a module that can be called."""
 
-    def __init__(self, reader: str, views: Mapping[str, Any], record: Record) -> None:
+    def __init__(self, reader: str, views: Mapping[str, Any], record: Record, share: Share | None = None) -> None:
         self._reader = reader
         self._views = views
         self._record = record
+        self._share = share
         self.choices: dict[Any, Any] = dict(record.choices or {})
+        self.shares = False
 
     @property
     def iteration(self) -> int:
@@ -115,6 +126,26 @@ class Values(Mapping[str, Any]):
                 self.choices[name] = _constant(choose())
         return self.choices[name]
 
+    def shared(self, name: str, compute: Callable[[], Part]) -> Part:
+        """A part of the objective that does not depend on the level's own variables: a tensor, or tensors by name.
+
+        `compute()` is differentiated as if it stood there by itself. Where a step is evaluated with the level's variables
+        at several places, as finite differences do, it is computed once, and what arrives at it is pulled back once:
+        images of a generator, say, which a classifier is trained on. Its random numbers are its own, the same in every
+        evaluation. `name` tells the parts of one objective apart.
+
+        Raises `UserError` where it depends on the level's own variables, which would be held fixed without a word.
+        """
+        self.shares = True
+
+        def alone() -> Part:
+            _random.reseed(_random.key(self._record.seed, name))
+            return compute()
+
+        part = alone() if self._share is None else cast("Part", self._share(name, alone))
+        _random.reseed(_random.key(self._record.seed, name, "rest"))  # the same, whether it was computed or not
+        return part
+
 
 def _constant(choice: Any) -> Any:
     """`choice` with its tensors detached; whatever is neither tensor nor container stays as it is."""
@@ -133,15 +164,18 @@ def evaluate(
     values: Mapping[str, Tree],
     buffers: Mapping[str, Mapping[str, Tensor]],
     record: Record,
+    share: Share | None = None,
 ) -> tuple[Tensor, Aftermath]:
     """The loss of `level`, a zero-dimensional tensor, and what the evaluation leaves. Pure but for torch's global RNG.
+
+    `share(name, compute)` gives what `Values.shared` does.
 
     Raises `UserError` for a loss that is not one number, for measurements that are no tensors, and for an objective that
     changes values or its batch in place. What an objective raises itself is told which level and iteration it was.
     """
     names = reads(level)
     views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in names}
-    visible = Values(level.name, views, record)
+    visible = Values(level.name, views, record, share)
     shared = _shared([values[name] for name in names], record.batch)
     before = [tensor._version for tensor in shared]
     _random.reseed(record.seed)
@@ -165,7 +199,14 @@ def evaluate(
     own = views[level.name]
     kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if isinstance(own, ModuleVariables) else {}
     seen = {name: _measurement(level, name, value) for name, value in measured.items()}
+    if visible.shares:
+        _SHARING.add(level)
     return loss, Aftermath(seen, kept, visible.choices)
+
+
+def shares(level: Level) -> bool:
+    """Whether an evaluation of `level` had a part that is computed by `Values.shared`."""
+    return level in _SHARING
 
 
 def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:
@@ -253,6 +294,70 @@ def partials(
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
     found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
+    return _reduced(level, record, found, loss, aftermath)
+
+
+def shared_partials(
+    level: Level,
+    skeletons: Mapping[str, Skeleton],
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+    live: tuple[str, ...],
+) -> tuple[Upstream, Tensor, Aftermath, Shared]:
+    """`partials` towards the level itself, and what it shares, ready for `difference_of_partials` towards `live`."""
+    shared = Shared({name: values[name] for name in live}, values[level.name])
+    found, loss, aftermath = gradient_at_first(_placed(level, skeletons, values, buffers, record), shared)
+    return *_reduced(level, record, {level.name: found[""]} if found else {}, loss, aftermath), shared
+
+
+def difference_of_partials(
+    level: Level,
+    skeletons: Mapping[str, Skeleton],
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+    towards: tuple[str, ...],
+    places: tuple[Tree, Tree],
+    shared: Shared | None = None,
+) -> Upstream:
+    """∂f/∂(variables of each level in `towards`) with the level itself at the first of two places, less at the second.
+
+    What its objective shares is computed once: here, or where `shared` comes from. Reduced over processes, as `partials`.
+    Raises `UserError` where what it shares depends on the level's own variables.
+    """
+    above, below = places
+    if shared is None:
+        shared = Shared({name: values[name] for name in towards}, above)
+        above = shared.first
+    found, depends = difference(_placed(level, skeletons, values, buffers, record), shared, above, below)
+    if depends:
+        raise UserError(
+            f"what the objective of level '{level.name}' computes by `values.shared` depends on the level's own variables: "
+            f"leave values['{level.name}'] out of it"
+        )
+    return reduced_trees(found, record.batch, level.name)[0]
+
+
+def _placed(
+    level: Level,
+    skeletons: Mapping[str, Skeleton],
+    values: Mapping[str, Tree],
+    buffers: Mapping[str, Mapping[str, Tensor]],
+    record: Record,
+) -> Callable[[Mapping[str, Tree], Tree, Shared], tuple[Tensor, Aftermath]]:
+    """The objective of `level` at values that move, and at a place of its own."""
+
+    def objective(moving: Mapping[str, Tree], own: Tree, shared: Shared) -> tuple[Tensor, Aftermath]:
+        return evaluate(level, skeletons, {**values, **moving, level.name: own}, buffers, record, shared)
+
+    return objective
+
+
+def _reduced(
+    level: Level, record: Record, found: Upstream, loss: Tensor, aftermath: Aftermath
+) -> tuple[Upstream, Tensor, Aftermath]:
+    """The same over all processes that share the batch."""
     if current_group() is None:
         return found, loss, aftermath
     means = {key: value for key, value in aftermath.measured.items() if not value.dim() and value.is_floating_point()}

@@ -152,7 +152,9 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
                 kept.clear()  # and its gradient, before there is another
             elif kept:
                 kept[-1] = replace(kept[-1], gradient=None)
-            position, last, loss, aftermath = take(level, position, fixed, record)
+            position, last, loss, aftermath = take(
+                level, position, fixed, record, compared=tape.compared and number == steps - 1
+            )
             tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)

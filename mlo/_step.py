@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from mlo import _tree
-from mlo._autodiff import is_recorded, linearise, recorded_gradient
+from mlo._autodiff import Shared, inside_transform, is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
-from mlo._objective import Aftermath, Record, evaluate, options_of, partials
+from mlo._objective import (
+    Aftermath,
+    Record,
+    difference_of_partials,
+    evaluate,
+    options_of,
+    partials,
+    shared_partials,
+    shares,
+)
 from mlo._reading import reads_live
 from mlo._reduction import current_group, reduced_trees
 from mlo.hypergradient import AbstractStep
@@ -85,13 +94,17 @@ class Surroundings:
 @final
 @dataclass(frozen=True, eq=False)
 class Step(AbstractStep):
-    """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for."""
+    """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for.
+
+    `shared` is what its evaluation computed that others need as well, for one pullback; others compute it again.
+    """
 
     level: Level
     around: Surroundings
     at: Position
     record: Record
     gradient: Tree | None
+    shared: Shared | None = None
 
     @property
     def start(self) -> Tree:
@@ -126,6 +139,10 @@ class Step(AbstractStep):
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """See `AbstractStep`."""
         return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
+
+    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+        """See `AbstractStep`. What the objective shares is computed once."""
+        return difference_of_reads(self.level, self.around, (above, below), self.at, self.record, self.shared)
 
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
         """See `AbstractStep`. First the update is pulled back, at the gradient it was given, then that gradient."""
@@ -203,17 +220,26 @@ def regrouped(trees: Mapping[str, Tree], tensors: Iterable[Tensor]) -> dict[str,
     return {name: _tree.rebuild(tree, [next(rest) for _ in _tree.leaves(tree)]) for name, tree in trees.items()}
 
 
-def take(level: Level, at: Position, around: Surroundings, record: Record) -> tuple[Position, Step, Tensor, Aftermath]:
-    """One step of `level` from `at`: where it leads, the step itself, its loss and what was left behind. One gradient."""
+def take(
+    level: Level, at: Position, around: Surroundings, record: Record, *, compared: bool = False
+) -> tuple[Position, Step, Tensor, Aftermath]:
+    """One step of `level` from `at`: where it leads, the step itself, its loss and what was left behind. One gradient.
+
+    - `compared`: whether `difference_of_reads` will be asked for. What the objective shares is then kept for it.
+    """
     around.tally.gradients += 1
     values = {**around.values, level.name: at.variables}
     buffers = {**around.buffers, level.name: at.buffers}
-    found, loss, aftermath = gradients(level, around, values, buffers, record, (level.name,))
+    shared = None
+    if compared and shares(level) and not _unshared(around):
+        found, loss, aftermath, shared = shared_partials(level, around.skeletons, values, buffers, record, around.live)
+    else:
+        found, loss, aftermath = gradients(level, around, values, buffers, record, (level.name,))
     gradient = connected(level, found.get(level.name))
     assert level.optimizer is not None
     options = options_of(level, around.skeletons, values)
     variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
-    step = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
+    step = Step(level, around, at, record.with_choices(aftermath.choices), gradient, shared)
     return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath
 
 
@@ -261,6 +287,30 @@ def gradient_of_reads(level: Level, around: Surroundings, variables: Tree, at: P
     if around.nest is None:
         return partials(level, around.skeletons, values, buffers, record, around.live)[0]
     return around.nest.partials_of_step(values, buffers, record, around.live, around.tally, at.variables)
+
+
+def difference_of_reads(
+    level: Level,
+    around: Surroundings,
+    places: tuple[Tree, Tree],
+    at: Position,
+    record: Record,
+    shared: Shared | None = None,
+) -> Upstream:
+    """`gradient_of_reads` at the first of two places less that at the second, with what is shared computed once."""
+    if not shares(level) or _unshared(around):
+        above, below = (gradient_of_reads(level, around, place, at, record) for place in places)
+        return {name: _tree.subtract(above[name], below[name]) for name in above}
+    around.tally.gradients += 2
+    buffers = {**around.buffers, level.name: at.buffers}
+    if shared is not None and shared.used:
+        shared = None
+    return difference_of_partials(level, around.skeletons, around.values, buffers, record, around.live, places, shared)
+
+
+def _unshared(around: Surroundings) -> bool:
+    """Whether evaluations are recorded, traced or made of responses themselves, so that each has to stand by itself."""
+    return around.nest is not None or inside_transform() or is_recorded(around.values.values())
 
 
 def connected(level: Level, gradient: Tree | None) -> Tree:

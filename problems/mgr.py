@@ -11,8 +11,7 @@ A graph names its levels `classifier`, `generator` and `finder`: objectives read
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,33 +32,16 @@ from problems.blocks.consistency import (
 )
 from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
-from problems.blocks.image_sets import ImageSets, ImageSettings, in_order, stream
-from problems.blocks.judge import Judge, judge_from
+from problems.blocks.held_out import HeldOut
+from problems.blocks.image_sets import ImageSets, ImageSettings, stream
+from problems.blocks.judge import Photographs, judge_from
 from problems.blocks.latents import kl_to_standard_normal
-from problems.blocks.networks import Divided, networks_for
-from problems.blocks.quality import feature_frechet_distance
-from problems.blocks.samples import (
-    FEWER,
-    SAMPLES,
-    DigitScores,
-    Find,
-    Generate,
-    drawn,
-    embedding,
-    sample_labels,
-    samples_pictures,
-    samples_table,
-)
-from problems.blocks.scores import classification_scores
-from problems.blocks.streams import Draws, Transform, Transformed
+from problems.blocks.networks import divided, networks_for
+from problems.blocks.samples import FEWER, SAMPLES, drawn, sample_labels, samples_pictures, samples_table
+from problems.blocks.streams import Draws, Transform, Transformed, in_dtype
 
 Batch: TypeAlias = Mapping[str, Any]
 Variables: TypeAlias = Callable[..., nn.Module]
-
-AT_ONCE, OF_PHOTOGRAPHS = 512, 64
-"""Images that are judged together; 512 of 224 pixels take 3.2 GB in a ResNet-18, 64 take 0.4."""
-JUDGED = 2048
-"""Photographs that a judge compares, generated and real ones, where there are as many for the test (the paper's §4.5)."""
 
 AUGMENTATIONS: Mapping[str, tuple[Transform, Draws]] = {
     "augmix": (augmix, augmix_draws),
@@ -110,8 +92,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     networks = networks_for(found, outputs=found.classes)
     return mlo.Problem(
         variables={
-            **{name: _divided(make) for name, make in networks.items()},
-            **{f"{name}_two_heads": _divided(make, second_head=True) for name, make in networks.items()},
+            **{name: divided(make) for name, make in networks.items()},
+            **{f"{name}_two_heads": divided(make, second_head=True) for name, make in networks.items()},
             **generators_for(found, latent=settings.latent),
             **finders_for(settings.latent),
         },
@@ -168,8 +150,13 @@ def consistency(
       temperature 0.4, where the classifier is surer than 0.8 of x_p, and held fixed.
     """
     train, network = batch["train"], values["classifier"]
-    plain = pseudo_images(values, batch)
-    features = network(torch.cat([train["images"], plain, _strong(plain, batch)]), part="features")
+
+    def two_views() -> dict[str, Tensor]:
+        images = pseudo_images(values, batch)
+        return {"plain": images, "strong": _strong(images, batch)}
+
+    plain, transformed = values.shared("views", two_views).values()
+    features = network(torch.cat([train["images"], plain, transformed]), part="features")
     on_real, on_plain, on_strong = features.split([len(train["images"]), len(plain), len(plain)])
     real = cross_entropy(network(on_real, part="head"), train["labels"])
     if loss == "pcr":
@@ -196,8 +183,12 @@ def labelled(
       first is judged.
     """
     train, network = batch["train"], values["classifier"]
-    images = pseudo_images(values, batch)
-    images = _strong(images, batch) if transformed else images
+
+    def seen() -> Tensor:
+        images = pseudo_images(values, batch)
+        return _strong(images, batch) if transformed else images
+
+    images = values.shared("images", seen)
     features = network(torch.cat([train["images"], images]), part="features")
     on_real, on_images = features.split([len(train["images"]), len(images)])
     real = cross_entropy(network(on_real, part="head"), train["labels"])
@@ -260,24 +251,13 @@ def _strong(images: Tensor, batch: Batch) -> Tensor:
     return strong(images, batch["noise"]["strong"])
 
 
-def _divided(make: Variables, *, second_head: bool = False) -> Variables:
-    """The network that `make` makes, cut before its last layer, with the options of `make`."""
-
-    @wraps(make)
-    def divided(**options: Any) -> nn.Module:
-        return Divided(make(**options), second_head=second_head)
-
-    return divided
-
-
 def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """One draw for a batch of synthetic images: latents `z`, uniform classes `labels`, and what T draws, `strong`."""
     count = settings.batch_size
     z = torch.randn(count, settings.latent, generator=generator, dtype=dtype)
     labels = torch.randint(classes, (count,), generator=generator)
     drawn = strong_draws(count, strongest=settings.strongest, generator=generator)
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in drawn.items()}
-    return {"z": z, "labels": labels, "strong": cast}
+    return {"z": z, "labels": labels, "strong": in_dtype(drawn, dtype)}
 
 
 def _classifier(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
@@ -293,47 +273,11 @@ def _classifier(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
 
 def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.Evaluate:
     """Judges the classifier, and the images of the generator, if there is one, from uniform and from found latents."""
-    parts = {"validation": found.validation, "test": found.test}
-    at_once = AT_ONCE if found.size <= 64 else OF_PHOTOGRAPHS
-    taken = partial(in_order, device=context.device, dtype=context.dtype, size=at_once)
-
-    @cache
-    def digits() -> DigitScores | None:
-        """Distances are taken to the test images, of which there are enough."""
-        if found.name != "digits":
-            return None
-        return DigitScores(torch.cat([batch["images"] for batch in taken(found.test)]))
-
-    judge = settings.judge and judge_from(settings.judge, depth=settings.judge_depth, device=context.device)
-    count = min(JUDGED, len(found.test))
-
-    @cache
-    def features_of_real() -> Tensor:
-        places = torch.arange(count) * len(found.test) // count  # of all classes, in whatever order they come
-        part = replace(found.test, index=found.test.index[places], labels=found.test.labels[places])
-        return torch.cat([judge(batch["images"]) for batch in taken(part)]) if judge else torch.empty(0)
-
-    def judged(judge: Judge, generate: Generate, find: Find | None) -> dict[str, float]:
-        """The distances of as many generated photographs, of the same z and y in each evaluation."""
-        draws = torch.Generator().manual_seed(context.seed)
-        z = torch.randn(count, settings.latent, generator=draws, dtype=context.dtype).to(context.device)
-        labels = sample_labels(count, classes=found.classes, device=context.device)
-        features: dict[str, list[Tensor]] = {}
-        for some, of_some in zip(z.split(at_once), labels.split(at_once), strict=True):
-            for name, each in drawn(generate, find, some, of_some).items():
-                features.setdefault(name, []).append(judge(each.images))
-        return {
-            f"{name}_feature_frechet_distance": feature_frechet_distance(features_of_real(), torch.cat(parts)).item()
-            for name, parts in features.items()
-        }
-
-    def scores(network: Any, split: mlo.Split) -> dict[str, float]:
-        labels = parts[split].labels.to(context.device)
-        logits = torch.cat([network(batch["images"], training=False) for batch in taken(parts[split])])
-        metrics = {"loss": cross_entropy(logits, labels).item(), **classification_scores(logits, labels).metrics}
-        if found.classes > 10:
-            metrics["top5"] = 100 * (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
-        return metrics
+    held_out = HeldOut(found, context)
+    photographs: Photographs | None = None
+    if settings.judge is not None:
+        judge = judge_from(settings.judge, depth=settings.judge_depth, device=context.device)
+        photographs = Photographs(judge, found, latent=settings.latent, context=context)
 
     def evaluate(
         values: Mapping[str, Any],
@@ -344,31 +288,26 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         complete: bool,
     ) -> mlo.Evaluation:
         network = _classifier(values, model)
-        metrics = scores(network, split)
+        metrics = held_out.scores(network, split)
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}
         synthetic: Tensor | None = None
-        generate, find = (
-            partial(values["generator"], training=False) if "generator" in values else None,
-            values.get("finder"),
-        )
-        if generate is not None and judge:
-            metrics |= judged(judge, generate, find)
-        if generate is not None and (complete or digits() is not None):
-            shown = FEWER if digits() is None else SAMPLES
-            z = torch.randn(shown, settings.latent, dtype=context.dtype).to(context.device)
-            samples = drawn(generate, find, z, sample_labels(shown, classes=found.classes, device=context.device))
-            if (real := digits()) is not None:
-                metrics |= {f"{name}_feature_frechet_distance": real.distance(each) for name, each in samples.items()}
+        generate = partial(values["generator"], training=False) if "generator" in values else None
+        digits, find = held_out.digits, values.get("finder")
+        if generate is not None and photographs is not None:
+            metrics |= photographs.distances(generate, find)
+        if generate is not None and (complete or digits is not None):
+            count = FEWER if digits is None else SAMPLES
+            z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
+            samples = drawn(generate, find, z, sample_labels(count, classes=found.classes, device=context.device))
+            if digits is not None:
+                metrics |= {f"{name}_feature_frechet_distance": digits.distance(each) for name, each in samples.items()}
             if complete:
-                tables = (samples_table(samples, digits()),)
+                tables = (samples_table(samples, digits),)
                 pictures |= samples_pictures(generate, find, latent=settings.latent, classes=found.classes, like=z)
                 synthetic = network([*samples.values()][-1].images, part="features", training=False)
         if complete:
-            batches = list(taken(found.train))
-            features = torch.cat([network(batch["images"], part="features", training=False) for batch in batches])
-            labels = torch.cat([batch["labels"] for batch in batches])
-            pictures["features"], metrics["features_in_plane"] = embedding(features, labels, synthetic)
+            pictures["features"], metrics["features_in_plane"] = held_out.features(network, synthetic)
         return mlo.Evaluation(metrics=metrics, tables=tables, pictures=pictures)
 
     return evaluate

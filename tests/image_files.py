@@ -1,8 +1,9 @@
-"""Tiny image sets in the layout and the file formats in which the real ones are distributed."""
+"""Tiny image sets, and a tiny generator, in the layout and the file formats in which the real ones are distributed."""
 
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import scipy.io
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,27 @@ def imagenet(root: Path, train: Written, test: Written) -> None:
         pictures(
             part, [root / half / f"n{label + 1440764:08d}" / f"{half}_{number:08d}.JPEG" for label, number in each]
         )
+
+
+class SmallBigGAN(nn.Module):
+    """Takes and gives what BigGAN for 256 pixels does: z and weights of 1,000 labels to colour images in [−1, 1]."""
+
+    def __init__(self, latent: int, labels: int = 1000) -> None:
+        super().__init__()
+        self.latents, self.labels = nn.Linear(latent, 48), nn.Linear(labels, 48, bias=False)
+
+    def forward(self, latents: Tensor, weights: Tensor) -> Tensor:
+        small = (self.latents(latents) + 20 * self.labels(weights)).unflatten(1, (3, 4, 4))
+        return interpolate(small, size=(256, 256), mode="bilinear").tanh()
+
+
+def biggan(path: Path, *, latent: int) -> None:
+    """Write such a generator, as `torch.jit.save` does."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.manual_seed(0)
+        module = SmallBigGAN(latent)
+        torch.jit.save(torch.jit.trace(module, (torch.randn(2, latent), torch.eye(1000)[:2])), str(path))
 
 
 WRITERS: dict[str, Callable[[Path, Written, Written], None]] = {

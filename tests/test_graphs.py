@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import WRITERS, write
+from image_files import WRITERS, biggan, write
 
 import mlo
 
@@ -32,13 +32,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A tiny set of images by its name, written in its own format when it is first asked for."""
+    """A tiny set of images by its name, or a tiny BigGAN, written in its own format when it is first asked for."""
     places: dict[str, Path] = {}
 
     def of(name: str) -> Path:
         if name not in places:
             places[name] = tmp_path_factory.mktemp(name)
-            write(name, places[name], train=150 if name == "imagenet" else 10, patches=True)
+            if name == "biggan":
+                biggan(places[name] / "generator.pt", latent=140)
+            else:
+                write(name, places[name], train=150 if name == "imagenet" else 10, patches=True)
         return places[name]
 
     return of
@@ -67,7 +70,9 @@ def on_files(spec: mlo.Spec, files: Files) -> list[str]:
     if spec.data.get("source") not in WRITERS:
         return []
     few = [f"data.root={files(str(spec.data['source']))}", "data.complete=false", "data.batch_size=4", "threads=1"]
-    return few + (["data.size=64", "data.workers=2"] if "workers" in spec.data else [])
+    made = [name for name, level in spec.levels.items() if level.variables and level.variables.name == "torchscript"]
+    few += [f"levels.{name}.variables.torchscript.path={files('biggan')}/generator.pt" for name in made]
+    return few + ([f"data.size={32 if made else 64}", "data.workers=2"] if "workers" in spec.data else [])
 
 
 def smaller(spec: mlo.Spec) -> list[str]:

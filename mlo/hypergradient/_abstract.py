@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mlo import _tree
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,12 +30,15 @@ class Tape(NamedTuple):
     - `every`: of the starts of these only one in so many is kept, and the others are found by taking the steps again: one
       more gradient for each of them, memory for kept/every + every starts. Not together with `recorded`.
     - `forward`: whether a tangent for every number that is read is carried along.
+    - `compared`: whether gradients beside the start of the last step will be asked for: what the objective shares among its
+      evaluations is then computed with that step.
     """
 
     recorded: int
     kept: int
     every: int = 1
     forward: bool = False
+    compared: bool = False
 
 
 class Nesting(NamedTuple):
@@ -195,6 +200,11 @@ class AbstractStep(ABC):
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
 
+    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+        """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
+        first, second = self.gradient_of_reads(above), self.gradient_of_reads(below)
+        return {name: _tree.subtract(first[name], second[name]) for name in first}
+
     @abstractmethod
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
         """From cotangents on w' and on the moments s' to those on w, on s, and on u. One gradient and one product.
@@ -222,6 +232,11 @@ class AbstractLinearisation(ABC):
     @abstractmethod
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
+
+    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+        """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
+        first, second = self.gradient_of_reads(above), self.gradient_of_reads(below)
+        return {name: _tree.subtract(first[name], second[name]) for name in first}
 
     @abstractmethod
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:

@@ -57,15 +57,14 @@ class CentralDifference(AbstractCross):
 
     def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:
         """See the class."""
-        return central_difference(at.gradient_of_reads, at.variables, direction, self.radius)
+        return central_difference(at.difference_of_reads, at.variables, direction, self.radius)
 
 
 def central_difference(
-    gradient_of_reads: Callable[[Tree], Upstream], start: Tree, direction: Tree, radius: float
+    difference_of_reads: Callable[[Tree, Tree], Upstream], start: Tree, direction: Tree, radius: float
 ) -> Upstream:
     """(∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0. ε is not differentiated."""
     length = _tree.norm(_tree.detach(direction))
     epsilon = radius / (length + (length == 0))  # any ε will do where q = 0: both sides are then the same
-    above = gradient_of_reads(_tree.add(start, direction, scale=epsilon))
-    below = gradient_of_reads(_tree.add(start, direction, scale=-epsilon))
-    return {name: _tree.scale(_tree.subtract(above[name], below[name]), by=0.5 / epsilon) for name in above}
+    places = (_tree.add(start, direction, scale=sign * epsilon) for sign in (1, -1))
+    return {name: _tree.scale(tree, by=0.5 / epsilon) for name, tree in difference_of_reads(*places).items()}

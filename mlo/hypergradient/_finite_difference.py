@@ -42,7 +42,7 @@ class FiniteDifference(AbstractHypergradient):
 
     def tape(self, steps: int, size: int) -> Tape:
         """The last step, unrecorded."""
-        return Tape(recorded=0, kept=1)
+        return Tape(recorded=0, kept=1, compared=True)
 
     def cost(self, steps: int, size: int) -> Cost:
         """Two gradients, however many steps."""
@@ -62,4 +62,4 @@ class FiniteDifference(AbstractHypergradient):
         if not response.steps:
             return {}
         step = response.taken()[-1]
-        return central_difference(step.gradient_of_reads, step.start, step.pull_update(cotangent), self.radius)
+        return central_difference(step.difference_of_reads, step.start, step.pull_update(cotangent), self.radius)

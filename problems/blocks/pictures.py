@@ -51,3 +51,13 @@ def scatter(points: Tensor, labels: Tensor, *, side: int = 480, dot: int = 3) ->
         top = side - dot - up
         picture[top : top + dot, across : across + dot] = torch.tensor(colour, dtype=torch.uint8)
     return picture
+
+
+def heat_map(numbers: Tensor, *, side: int = 640) -> Tensor:
+    """Numbers ≥ 0, [rows, columns], as squares: black is 0, white the largest of them. uint8 [rows·cell, columns·cell].
+
+    - `side`: pixels that the longer side comes to, if each number has at least one.
+    """
+    cell = max(1, side // max(numbers.shape))
+    shades = (255 * numbers.detach().cpu() / numbers.max().clamp(min=1e-30).cpu()).round().to(torch.uint8)
+    return shades.repeat_interleave(cell, 0).repeat_interleave(cell, 1)

@@ -31,12 +31,12 @@ class Samples:
     """Images of one set of latents.
 
     - `latents`: [n, latent]; `moved`, the mean of |F(z) − z| over all of their numbers, 0 for those of the prior.
-    - `images`: [n, channels, size, size] in [0, 1]; `labels`: int64 [n], what they were asked to show.
+    - `images`: [n, channels, size, size] in [0, 1]; `labels`: int64 [n], the classes they were asked to show, or None.
     """
 
     latents: Tensor
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     moved: float
 
 
@@ -68,8 +68,10 @@ class DigitScores:
         """The Fréchet distance to the real digits of the judge's 64 penultimate features: not the published FID."""
         return feature_frechet_distance(self._real, _judged(samples.images)[0]).item()
 
-    def recognised(self, samples: Samples) -> float:
-        """The share in which the judge sees the digit that was asked for, in percent."""
+    def recognised(self, samples: Samples) -> float | None:
+        """The share in which the judge sees the digit that was asked for, in percent; None where none was."""
+        if samples.labels is None:
+            return None
         return 100 * (_judged(samples.images)[1].argmax(1).cpu() == samples.labels.cpu()).double().mean().item()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
+import torch
 from torch import Tensor
 
 import mlo
@@ -16,6 +18,11 @@ Transform: TypeAlias = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 Draws: TypeAlias = Callable[..., Mapping[str, Tensor]]
 """What a transform draws for `count` images, `draws(count, generator=…)`."""
+
+
+def in_dtype(draws: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`draws` with what is floating in `dtype`: transforms draw in torch's default one."""
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in draws.items()}
 
 
 @final
@@ -62,6 +69,32 @@ class Transformed(mlo.stream.AbstractStream):
             **batch,
             "images": self._transform(images, {name: each.to(images.device) for name, each in draws.items()}),
         }
+
+    def draws_per_epoch(self) -> float | None:
+        """As many as the other stream's."""
+        return self._stream.draws_per_epoch()
+
+
+@final
+class WhenDrawn(mlo.stream.AbstractStream):
+    """The stream that `make` makes, made when it is first asked for: a graph pays only for the streams it names.
+
+    A ValueError of `make`, which begins with a setting of the data, is told as a UserError.
+    """
+
+    def __init__(self, make: Callable[[], mlo.stream.AbstractStream]) -> None:
+        self._make = make
+
+    @cached_property
+    def _stream(self) -> mlo.stream.AbstractStream:
+        try:
+            return self._make()
+        except ValueError as error:
+            raise mlo.UserError(f"data: {error}") from error
+
+    def draw(self, which: mlo.stream.Draw) -> Any:
+        """A batch of the other stream's."""
+        return self._stream.draw(which)
 
     def draws_per_epoch(self) -> float | None:
         """As many as the other stream's."""

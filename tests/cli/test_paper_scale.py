@@ -1,4 +1,4 @@
-"""The graphs of MADAO at paper scale: they hold what the paper states, and `check` accepts them on files of each set."""
+"""The graphs at paper scale: they hold what the papers state, and `check` accepts them on files of each set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from image_files import WRITERS, write
+from image_files import WRITERS, biggan, write
 
 import mlo
 from mlo.spec import Epochs
@@ -110,3 +110,54 @@ def test_a_graph_of_mgr_holds_what_the_paper_states(source: str, mlo_command):
     code, _, err = mlo_command("check", str(MGR / f"{source}.yaml"))
     assert code == 2
     assert f"data: root is not given; {source} is read from a folder that holds" in err
+
+
+MP_SSL = FOLDER.parent / "mp_ssl"
+
+
+@pytest.mark.parametrize("source", ["cars", "aircraft", "birds", "dtd", "flowers", "pets"])
+def test_a_graph_of_mp_ssl_holds_what_the_paper_states(source: str, mlo_command):
+    spec = mlo.load(MP_SSL / f"{source}.yaml")
+    assert (spec.name, spec.data["source"]) == (f"mp_ssl_{source}", source)
+    assert (spec.data["fraction"], spec.data["validation"], spec.data["foundation"]) == (0.5, 0.1, 0.0)
+    assert (spec.data["strongest"], spec.data["flip"], spec.data["foundation_labels"]) == (1.0, True, 1000)
+    assert spec.data.get("batch_size", 64) == 64
+    assert spec.iterations == Epochs(epochs=200)
+    classifier, sampler, foundation = (spec.levels[name] for name in ("classifier", "sampler", "foundation"))
+    assert classifier.variables is not None
+    assert classifier.variables.yaml() == {"resnet": {"depth": 18}}
+    assert classifier.optimizer is not None
+    schedule = classifier.optimizer.options["learning_rate"]["multi_step"]
+    assert (schedule["start"], schedule["factor"], tuple(schedule["at"]["epochs"])) == (0.01, 0.1, (60, 120, 160))
+    assert (classifier.optimizer.options["momentum"], classifier.optimizer.options["nesterov"]) == (0.9, True)
+    assert classifier.hypergradient is not None
+    assert classifier.hypergradient.yaml() == "unroll"
+    assert sampler.lookahead
+    assert sampler.optimizer is not None
+    assert sampler.optimizer.yaml() == {"adam": {"learning_rate": 1e-4}}
+    assert sampler.objective is not None
+    assert sampler.objective.options["gap_weight"] == 10
+    assert sampler.variables is not None
+    assert sampler.variables.options["temperature"] == 0.1
+    assert foundation.frozen
+    assert not spec.starts
+    code, _, err = mlo_command("check", str(MP_SSL / f"{source}.yaml"))
+    assert code == 2
+    assert f"data: root is not given; {source} is read from a folder that holds" in err
+
+
+def test_check_asks_mp_ssl_for_the_generator_and_takes_resnets_of_other_depths(mlo_command, tmp_path: Path):
+    graph = str(MP_SSL / "pets.yaml")
+    write("pets", tmp_path / "images", train=40)
+    biggan(tmp_path / "biggan.pt", latent=140)
+    told = ["data.root=images", "data.complete=false", "data.batch_size=4", "data.size=32", "data.workers=0"]
+    code, _, err = mlo_command("check", graph, *told)
+    assert code == 2
+    assert "cars.yaml:" in err
+    assert "levels.foundation.variables.torchscript.path: path is 'biggan-256.pt'; there is no such file" in err
+    told += ["levels.foundation.variables.torchscript.path=biggan.pt", "levels.classifier.variables.resnet.depth=50"]
+    code, out, err = mlo_command("check", graph, *told)
+    assert (code, err) == (0, "")
+    assert (
+        "3 levels, 1,800 iterations\n" in out
+    )  # 80 images, half of them labelled, nine tenths of these, 9 batches of 4

@@ -74,9 +74,8 @@ def graph(method: AbstractHypergradient) -> mlo.Graph:
     def imitate(values: Any, batch: Any) -> Tensor:
         b, a = values["b"], values["a"]
         noise = 0.1 * torch.randn(3)  # the same in every process
-        return (network(b, batch["x"] + noise) - network(a, batch["x"])).square().mean() + 0.1 * values["u"].sum() * b[
-            "second"
-        ][0]
+        right = values.shared("right", lambda: network(a, batch["x"]))
+        return (network(b, batch["x"] + noise) - right).square().mean() + 0.1 * values["u"].sum() * b["second"][0]
 
     def validate(values: Any, batch: Any) -> Tensor:
         misses = [(network(values[name], batch["x"]) - batch["y"]).square().mean() for name in ("a", "b")]

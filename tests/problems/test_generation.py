@@ -15,8 +15,9 @@ from torch import Tensor
 import mlo
 from mlo.stream import Draw
 from problems import generation
+from problems.blocks.foundation import foundation_images
 from problems.blocks.generators import signal
-from problems.blocks.image_sets import image_sets
+from problems.blocks.image_sets import Part, image_sets
 
 ROOT = Path(__file__).parents[2]
 GRAPHS = ROOT / "graphs" / "mgr" / "generators"
@@ -161,6 +162,82 @@ def test_all_of_a_set_leaves_no_rest():
         generation.build(generation.Data(part="rest"), CONTEXT)
 
 
+def test_a_foundation_model_learns_its_own_images_under_its_own_labels():
+    shares = {"foundation": 0.5, "fraction": 0.3}
+    settings = generation.Data(**shares, part="foundation", foundation_labels=20, batch_size=649)
+    problem = generation.build(settings, CONTEXT)
+    part = foundation_images(image_sets("digits", seed=0, **shares), labels=20, seed=0)
+    batch = problem.streams["train"].draw(Draw(0, "train", 1))  # pyright: ignore[reportAttributeAccessIssue]
+    right = sorted((label, *image.flatten().tolist()) for image, label in zip(*pixels_and_labels(part), strict=True))
+    drawn = zip((16 * batch["images"]).round().long(), batch["labels"].tolist(), strict=True)
+    assert sorted((label, *image.flatten().tolist()) for image, label in drawn) == right  # one pass: each image once
+    noise = problem.streams["noise"].draw(Draw(0, "noise", 1))  # pyright: ignore[reportAttributeAccessIssue]
+    assert noise["labels"].unique().tolist() == list(range(20))
+    assert int(noise["offsets"].max()) == 19
+    assert problem.variables["gan"]().labels == 20
+    scores = problem.variables["biggan_discriminator"]()(batch["images"], batch["labels"])
+    assert scores.shape == (649,)
+
+
+def pixels_and_labels(part: Part) -> tuple[Tensor, list[int]]:
+    return part.images.take(part.index, None).long(), part.labels.tolist()
+
+
+NO_PART = [
+    ({"part": "foundation"}, r"^part is 'foundation', and foundation is 0"),
+    (
+        {"foundation": 0.5, "foundation_labels": 20},
+        r"^foundation_labels is 20, and part is 'train': clusters are made of",
+    ),
+    ({"part": "foundation", "foundation_labels": 20}, r"^foundation is 0; it leaves a foundation model no image"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NO_PART)
+def test_a_foundation_model_without_images(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        generation.build(generation.Data(**settings), CONTEXT)
+
+
+def test_objectives_read_a_generator_by_another_name():
+    other: Any = {"foundation": generator, "discriminator": discriminator}
+    auxiliary: Any = {"foundation": generator, "discriminator": partial(discriminator, classes=3)}
+    for objective, values in (
+        (generation.discrimination(3), other),
+        (generation.generation, other),
+        (generation.auxiliary_discrimination, auxiliary),
+        (generation.auxiliary_generation, auxiliary),
+    ):
+        named = {**values, "generator": values["foundation"]}
+        found, right = objective(values, BATCH, generator="foundation"), objective(named, BATCH)
+        torch.testing.assert_close(found, right, rtol=0, atol=0)
+
+
+def test_the_judge_holds_images_to_their_clusters():
+    """Real images of a cluster lie nearest to its mean; under the next label none of them does."""
+    settings = generation.Data(foundation=0.5, part="foundation", foundation_labels=20)
+    problem = generation.build(settings, CONTEXT)
+    part = foundation_images(image_sets("digits", seed=0, foundation=0.5), labels=20, seed=0)
+    of_cluster = [part.index[part.labels == c] for c in range(20)]
+
+    def cheat(z: Tensor, labels: Tensor, *, training: bool, turn: int = 0) -> Tensor:
+        drawn = zip(((labels + turn) % 20).tolist(), z[:, 0].abs().tolist(), strict=True)
+        index = torch.stack([of_cluster[c][int(n * 50) % len(of_cluster[c])] for c, n in drawn])
+        return part.images.take(index, None).to(z.dtype) / 16
+
+    def judged(model: Any) -> dict[str, float]:
+        assert problem.evaluate is not None
+        torch.manual_seed(0)
+        return dict(problem.evaluate({"g": model}, "validation", model=("g",), totals={}, complete=False).metrics)
+
+    good, turned = judged(cheat), judged(partial(cheat, turn=1))
+    assert good.keys() == {"variety", "nearest", "mean_nearest", "sure", "rarest"}
+    assert good["nearest"] == 100
+    assert good["variety"] > 0.85
+    assert good["sure"] > 95
+    assert turned["mean_nearest"] == 0
+
+
 def test_the_judge_knows_real_digits_from_noise():
     """Real digits: nearly all are recognised. Noise: not. One image a class: no variety."""
     problem = generation.build(generation.Data(), CONTEXT)
@@ -206,6 +283,23 @@ def test_a_graph_of_another_problem_passes_on_how_images_are_split(path: Path, t
         "validation": 0.3,
     }
     assert started.data.get("batch_size") == mlo.load(path).data.get("batch_size")
+
+
+def test_a_graph_passes_on_what_a_foundation_model_may_see(tmp_path: Path):
+    """Neither fraction nor validation decide it: graphs with other labelled images share one foundation model."""
+    hashes = set[str]()
+    for fraction in (0.2, 0.5):
+        graph = tmp_path / "graph.yaml"
+        graph.write_text(
+            "problem: madao\niterations: 2\nseed: 4\n"
+            f"data: {{foundation: 0.25, fraction: {fraction}}}\n"
+            f"start: {{foundation: {ROOT / 'graphs' / 'mp_ssl' / 'foundation.yaml'}}}\n"
+            "levels: {foundation: {variables: small_cnn, optimizer: none}}\n"
+        )
+        started = mlo.load(graph).starts["foundation"]
+        assert (started.seed, started.data["foundation"], started.data["foundation_labels"]) == (4, 0.25, 20)
+        hashes.add(started.hash)
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("name", ["acgan", "biggan", "diffusion"])

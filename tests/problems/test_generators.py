@@ -134,6 +134,40 @@ def test_labels_decide_and_may_be_weights(name: str):
         generator(latents, labels[1:])
 
 
+WITH_LABELS = {"gan": "embedding", "biggan": "embedding", "diffusion": "network.embedding"}
+"""Where a family keeps the embeddings of its labels; `acgan` has the generator of `gan`."""
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_weights_of_labels_mix_their_embeddings(name: str):
+    """Images under weights are those of a generator with one label more, whose embedding is that mixture."""
+    torch.manual_seed(2)
+    generator, larger = (shaken(GENERATORS[name](width=2, labels=labels)).eval() for labels in (3, 4))
+    weights = torch.tensor([0.5, -0.2, 0.7])
+    known = generator.state_dict()
+    table = known[f"{WITH_LABELS[name]}.weight"]
+    larger.load_state_dict({**known, f"{WITH_LABELS[name]}.weight": torch.cat((table, (weights @ table)[None]))})
+    latents = torch.randn(4, generator.latent)
+    images = generator(latents, weights.expand(4, 3))
+    torch.testing.assert_close(images, larger(latents, torch.full((4,), 3)))
+    assert (images - generator(latents, torch.zeros(4, dtype=torch.int64))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_first_and_second_derivatives_in_latents_and_weights_together(name: str):
+    generator = tiny(name)
+    draws = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, generator.latent, generator=draws).mul(0.5).requires_grad_()
+    weights = torch.rand(2, 3, generator=draws).requires_grad_()
+    shown = generator(latents, weights)
+    assert ((shown > 0) & (shown < 1)).all()
+    assert torch.autograd.gradcheck(generator, (latents, weights))
+    assert torch.autograd.gradgradcheck(generator, (latents, weights))
+    gradients = torch.autograd.grad(shown.square().sum(), (latents, weights), create_graph=True)
+    mixed = torch.autograd.grad(gradients[0].square().sum(), weights)[0]  # ∂²/∂z∂y
+    assert mixed.norm() > 1e-6
+
+
 def test_an_unconditional_generator_does_not_look_at_labels():
     generator, latents = GENERATORS["unconditional_gan"](width=4).eval(), torch.randn(5, 64)
     assert torch.equal(generator(latents), generator(latents, torch.arange(5)))
@@ -402,5 +436,6 @@ def test_every_name_builds_on_digits():
         assert name.removesuffix("_discriminator") in own
         make()(torch.rand(2, 1, 8, 8), torch.arange(2))
     assert generators_for(found, latent=12)["gan"]().latent == 12
+    assert generators_for(found, labels=20)["gan"]().labels == 20
     with pytest.raises(ValueError, match="latent is 12"):
         generators_for(found, latent=12)["diffusion"]()

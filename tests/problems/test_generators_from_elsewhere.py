@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 import mlo
-from problems.blocks.generators import exported, imported, torchscript
+from problems.blocks.generators import Signature, exported, imported, torchscript
+from problems.blocks.generators._elsewhere import FromModule
 
-SHAPE: dict[str, Any] = {"latent": 4, "labels": 3, "channels": 1, "size": 8}
+SIGNATURE = Signature(latent=4, labels=3, channels=1, size=8, interval="unit")
 Save = Callable[[nn.Module, Path], str]
 
 
@@ -39,6 +42,27 @@ class Unconditional(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.layers(latents).tanh().reshape(-1, 1, 8, 8)
+
+
+class Weighed(nn.Module):
+    """One as BigGAN is published: it takes weights of its seven labels, and gives 12×12 images in [−1, 1], in colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = nn.Linear(7, 4, bias=False)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3 * 144), nn.Tanh())
+
+    def forward(self, latents: Tensor, weights: Tensor) -> Tensor:
+        return self.layers(latents + self.embedding(weights)).reshape(-1, 3, 12, 12)
+
+
+class Chosen(Weighed):
+    """It takes weights and looks at the largest only."""
+
+    def forward(self, latents: Tensor, weights: Tensor) -> Tensor:
+        rows = self.embedding.weight.T[weights.argmax(1)]
+        return self.layers(latents + rows).reshape(-1, 3, 12, 12)
 
 
 class Flat(Small):
@@ -70,6 +94,8 @@ class Steps(Small):
 
 
 def example(module: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(module, Weighed):
+        return torch.randn(2, 4), torch.rand(2, 7)
     return (torch.randn(2, 4),) if isinstance(module, Unconditional) else (torch.randn(2, 4), torch.tensor([0, 1]))
 
 
@@ -97,7 +123,7 @@ each_kind = pytest.mark.parametrize(("save", "load"), KINDS, ids=["torchscript",
 def test_a_file_gives_the_images_and_derivatives_of_the_module(save: Save, load: Any, tmp_path: Path):
     module = Small()
     module.train()(torch.randn(50, 4), torch.zeros(50, dtype=torch.int64))  # running statistics that are not 0 and 1
-    generator = load(save(module, tmp_path), **SHAPE, interval="unit")
+    generator = load(save(module, tmp_path), SIGNATURE)
     assert (generator.latent, generator.labels, generator.channels, generator.size) == (4, 3, 1, 8)
     assert not list(generator.parameters())
     latents, labels = torch.randn(5, 4, requires_grad=True), torch.arange(5) % 3
@@ -113,7 +139,7 @@ def test_a_file_gives_the_images_and_derivatives_of_the_module(save: Save, load:
 @each_kind
 def test_a_file_without_labels_in_the_other_interval(save: Save, load: Any, tmp_path: Path):
     module = Unconditional()
-    generator = load(save(module, tmp_path), **{**SHAPE, "labels": None}, interval="symmetric")
+    generator = load(save(module, tmp_path), replace(SIGNATURE, labels=None, interval="symmetric"))
     latents = torch.randn(5, 4, dtype=torch.float64)
     found = generator(latents, torch.arange(5))
     assert found.dtype == torch.float64  # of the latents, whatever the file was saved in
@@ -123,7 +149,7 @@ def test_a_file_without_labels_in_the_other_interval(save: Save, load: Any, tmp_
 @each_kind
 def test_a_level_searches_latents_of_a_file(save: Save, load: Any, tmp_path: Path):
     module, labels = Small().eval(), torch.tensor([0, 2])
-    generator = load(save(module, tmp_path), **SHAPE, interval="unit")
+    generator = load(save(module, tmp_path), SIGNATURE)
 
     def objective(values: mlo.Values, batch: object) -> Tensor:
         return values["generator"](values["latents"], labels, training=False).square().mean()
@@ -149,11 +175,11 @@ def test_a_level_searches_latents_of_a_file(save: Save, load: Any, tmp_path: Pat
 
 @each_kind
 def test_another_file_under_a_checkpoint_is_refused(save: Save, load: Any, tmp_path: Path):
-    generator = load(save(Small(), tmp_path), **SHAPE, interval="unit")
+    generator = load(save(Small(), tmp_path), SIGNATURE)
     other = Small()
     with torch.no_grad():
         other.layers[0].weight += 1
-    again = load(save(other, tmp_path), **SHAPE, interval="unit")
+    again = load(save(other, tmp_path), SIGNATURE)
     again.load_state_dict(generator.state_dict())
     with pytest.raises(mlo.UserError, match="not the one that this run began with"):
         again(torch.randn(2, 4), torch.arange(2))
@@ -161,9 +187,86 @@ def test_another_file_under_a_checkpoint_is_refused(save: Save, load: Any, tmp_p
 
 @each_kind
 def test_weights_of_labels_are_refused(save: Save, load: Any, tmp_path: Path):
-    generator = load(save(Small(), tmp_path), **SHAPE, interval="unit")
-    with pytest.raises(mlo.UserError, match="as whole numbers"):
+    generator = load(save(Small(), tmp_path), SIGNATURE)
+    with pytest.raises(mlo.UserError, match=r"whole numbers \[n\], .* not weights \[n, 3\]; say `weights: true` where"):
         generator(torch.randn(2, 4), torch.ones(2, 3))
+
+
+WEIGHED = Signature(latent=4, labels=7, weights=True, channels=3, size=8, drawn=12, interval="symmetric")
+
+
+@each_kind
+def test_a_program_of_weights_with_labels_and_a_size_of_its_own(save: Save, load: Any, tmp_path: Path):
+    """Images and both derivatives, in z and in the weights, are those of the module, resized by torch."""
+    module = Weighed()
+    generator = load(save(module, tmp_path), WEIGHED)
+    assert (generator.labels, generator.size) == (7, 8)
+    module = module.double()
+    wide, narrow = torch.randn(5, 4, requires_grad=True), torch.randn(5, 7).softmax(1).requires_grad_()
+    inputs = (wide.double(), narrow.double())
+    for _ in range(3):  # TorchScript rewrites a program in its first calls
+        found = generator(wide, narrow)
+        right = interpolate((module(*inputs) + 1) / 2, size=(8, 8), mode="bilinear", antialias=True)
+        assert found.shape == (5, 3, 8, 8)
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
+        ones, twos = (
+            torch.autograd.grad(each.pow(3).sum(), (wide, narrow), create_graph=True) for each in (found, right)
+        )
+        torch.testing.assert_close(ones, twos, rtol=1e-4, atol=1e-5)
+        ones, twos = (
+            torch.autograd.grad(sum(part.square().sum() for part in each), (wide, narrow)) for each in (ones, twos)
+        )
+        assert min(part.norm() for part in twos) > 0.01
+        torch.testing.assert_close(ones, twos, rtol=1e-4, atol=1e-4)
+    labels = torch.tensor([6, 0, 3, 3, 1])
+    torch.testing.assert_close(generator(wide, labels), generator(wide, torch.eye(7)[labels]), rtol=0, atol=0)
+
+
+def test_images_are_resized_by_averages_of_what_they_hold():
+    """A linear ramp is a linear ramp at any size, and a constant stays."""
+    module = nn.Linear(4, 1)
+
+    class Ramp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = module
+
+        def forward(self, latents: Tensor) -> Tensor:
+            across = (torch.arange(24) + 0.5) / 24
+            return self.level(latents).sigmoid()[:, :, None, None] * across.expand(1, 1, 24, 24)
+
+    signature = Signature(latent=4, labels=None, channels=1, size=8, drawn=24, interval="unit")
+    latents = torch.randn(3, 4)
+    images = FromModule(Ramp(), signature)(latents)
+    across = (torch.arange(8) + 0.5) / 8
+    right = module(latents).sigmoid()[:, :, None, None] * across.expand(1, 1, 8, 8)
+    torch.testing.assert_close(images[..., 1:-1], right[..., 1:-1])  # at the edges there is less to average
+
+
+WEIGHED_REFUSED = [
+    (Weighed, {"labels": 6}, r"called with latents \[2, 4\] and weights \[2, 6\] it fails"),
+    (
+        Weighed,
+        {"drawn": None},
+        r"it gives \[2, 3, 12, 12\], and images are \[2, 3, 8, 8\]; say `size: 12` and they are",
+    ),
+    (Weighed, {"drawn": 16}, r"it gives \[2, 3, 12, 12\], and images are \[2, 3, 16, 16\]; say `size: 12`"),
+    (Weighed, {"interval": "unit"}, r"^interval is 'unit'; path '.*' so gives intensities from -"),
+    (Weighed, {"weights": False}, r"called with latents \[2, 4\] and labels \[2\] it fails"),
+    (Weighed, {"labels": None}, r"^weights is true, and there are no labels: conditional is false"),
+    (Weighed, {"drawn": 0}, r"^size is 0; it must be at least 1 pixel"),
+    (Chosen, {}, r"the derivative of its images in the weights of labels is zero"),
+]
+
+
+@each_kind
+@pytest.mark.parametrize(("kind", "other", "message"), WEIGHED_REFUSED)
+def test_what_a_program_of_weights_can_do_wrong(
+    save: Save, load: Any, kind: type[nn.Module], other: dict[str, Any], message: str, tmp_path: Path
+):
+    path = save(kind(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load(path, replace(WEIGHED, **other))
 
 
 REFUSED = [
@@ -185,7 +288,7 @@ def test_what_a_file_can_do_wrong(
 ):
     path = save(kind(), tmp_path)
     with pytest.raises(ValueError, match=message):
-        load(path, **{**SHAPE, **other}, interval="unit")
+        load(path, replace(SIGNATURE, **other))
 
 
 @each_kind
@@ -193,19 +296,19 @@ def test_files_that_are_none(save: Save, load: Any, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"^path is 'nowhere\.pt'; there is no such file seen from .*nothing is downloaded"
     ):
-        load("nowhere.pt", **SHAPE, interval="unit")
+        load("nowhere.pt", SIGNATURE)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"PK\x03\x04 not a zip file")
     with pytest.raises(ValueError, match=r"^path is '.*broken\.pt', which cannot be read as .* \w+: .+"):
-        load(str(broken), **SHAPE, interval="unit")
+        load(str(broken), SIGNATURE)
     with pytest.raises(ValueError, match="which cannot be read as"):
-        load(str(Path(__file__)), **SHAPE, interval="unit")
+        load(str(Path(__file__)), SIGNATURE)
 
 
 def test_an_exported_program_for_one_number_of_images_only(tmp_path: Path):
     path = program(Small(), tmp_path, free=False)
     with pytest.raises(ValueError, match=r"called with latents \[3, 4\] and labels \[3\] it fails"):
-        exported(path, **SHAPE, interval="unit")
+        exported(path, SIGNATURE)
 
 
 OWN = """
@@ -238,7 +341,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_module_of_the_users_own_can_be_trained(own: str):
-    generator = imported(own, "generator", **SHAPE, interval="unit")
+    generator = imported(own, "generator", SIGNATURE)
     assert sum(parameter.numel() for parameter in generator.parameters()) == 8 * 64
     assert generator(torch.randn(2, 4), torch.arange(2)).shape == (2, 1, 8, 8)
     assert generator.training
@@ -263,14 +366,14 @@ OWN_REFUSED = [
 @pytest.mark.parametrize(("module", "name", "message"), OWN_REFUSED, ids=[name for _, name, _ in OWN_REFUSED])
 def test_modules_that_are_refused(own: str, module: str, name: str, message: str):
     with pytest.raises(ValueError, match=message):
-        imported(module, name, **SHAPE, interval="unit")
+        imported(module, name, SIGNATURE)
 
 
 def test_a_module_that_fits_other_images_is_refused(own: str):
     with pytest.raises(
         ValueError, match=r"name is 'generator'; called with latents \[2, 6\] and labels \[2\] it fails"
     ):
-        imported(own, "generator", **{**SHAPE, "latent": 6}, interval="unit")
+        imported(own, "generator", replace(SIGNATURE, latent=6))
 
 
 GRAPH = """
@@ -295,5 +398,11 @@ def test_a_graph_names_the_file_at_its_place(tmp_path: Path):
     module = Small()
     module.embedding = nn.Embedding(10, 4)
     graph.write_text(GRAPH.format(path=scripted(module, tmp_path)))
+    options = "{labels: 7, weights: true, size: 12, interval: symmetric}"
+    spec = mlo.load(graph, f"levels.generator.variables.torchscript={options}")
+    with pytest.raises(mlo.SpecError, match=r"called with latents \[2, 4\] and weights \[2, 7\] it fails"):
+        spec.build()  # the file's labels are whole numbers
+    with pytest.raises(mlo.SpecError, match=r"torchscript\.labels: labels is 7, and conditional is false"):
+        mlo.load(graph, "levels.generator.variables.torchscript={labels: 7, conditional: false}").build()
     built, _ = mlo.load(graph).build()
     assert set(built.init(seed=0).buffers["generator"]) == {"fingerprint"}

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from objectives import Fixed, Values, distance, flat, slopes_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -168,16 +169,6 @@ def unpacked(state: mlo.State) -> tuple[Named, Named, Named]:
     return dict(state.values["classifier"]), dict(velocity), dict(state.values["finder"])
 
 
-def flat(tree: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for _, tensor in sorted(tree.items())])
-
-
-def distance(one: Any, other: Any) -> float:
-    """‖one − other‖/‖other‖."""
-    assert flat(other).norm() > 1e-8
-    return ((flat(one) - flat(other)).norm() / flat(other).norm()).item()
-
-
 def trained(graph: mlo.Graph, iterations: int = 3) -> mlo.State:
     """A state in which the classifier has a velocity."""
     state = graph.init()
@@ -291,34 +282,9 @@ def test_without_weight_it_is_the_base_model() -> None:
         assert distance(other.values["classifier"], one.values["classifier"]) < 1e-12
 
 
-class Fixed(nn.Module):
-    """A module as an objective sees a level."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, training: bool = True, **options: Any) -> Tensor:
-        return self.module(*args, **options)
-
-
-class Values(dict[str, Any]):
-    """Levels as an objective sees them."""
-
-    def once(self, name: str, choose: Any) -> Any:
-        with torch.no_grad():
-            return choose()
-
-
 def values_of(scene: Scene, classifier: nn.Module, **others: nn.Module) -> Values:
     levels = {"classifier": classifier, "generator": scene.generator, "finder": scene.finder, **others}
     return Values({name: Fixed(module) for name, module in levels.items()})
-
-
-def slopes_of(loss: Tensor, module: nn.Module) -> dict[str, Tensor | None]:
-    named = dict(module.named_parameters())
-    found = torch.autograd.grad(loss, named.values(), allow_unused=True, retain_graph=True)
-    return dict(zip(named, found, strict=True))
 
 
 def test_pcr_reaches_the_features_from_both_sides_and_the_head_not_at_all_eq_5() -> None:

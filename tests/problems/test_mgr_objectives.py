@@ -54,6 +54,9 @@ class Levels(dict[str, Any]):
     def once(self, name: str, choose: Any) -> Any:
         return self.choices.setdefault(name, choose())
 
+    def shared(self, name: str, compute: Any) -> Any:
+        return compute()
+
 
 def levels(*, second_head: bool = False) -> Levels:
     torch.manual_seed(0)

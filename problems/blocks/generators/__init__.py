@@ -12,10 +12,12 @@ from problems.blocks.generators._ddim import image_and_noise as image_and_noise
 from problems.blocks.generators._ddim import noisy as noisy
 from problems.blocks.generators._ddim import signal as signal
 from problems.blocks.generators._diffusion import Diffusion as Diffusion
+from problems.blocks.generators._elsewhere import Signature as Signature
 from problems.blocks.generators._elsewhere import exported as exported
 from problems.blocks.generators._elsewhere import imported as imported
 from problems.blocks.generators._elsewhere import torchscript as torchscript
 from problems.blocks.generators._judgement import generated_scores as generated_scores
+from problems.blocks.generators._judgement import grid as grid
 from problems.blocks.generators._registry import discriminators_for as discriminators_for
 from problems.blocks.generators._registry import generators_for as generators_for
 from problems.blocks.generators._spectral import SpectralNorm as SpectralNorm

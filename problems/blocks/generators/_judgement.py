@@ -30,8 +30,13 @@ def generated_scores(
     latent: int,
     context: mlo.Context,
     complete: bool,
+    clusters: int | None = None,
 ) -> mlo.Evaluation:
-    """Numbers of 100 digits a class (of other sets 10 images), from latents of torch's global generator.
+    """Numbers of 100 digits a label (of other sets 10 images), from latents of torch's global generator.
+
+    - `clusters`: None where the labels are the set's classes; where they are not, how many there are.
+
+    Its metrics:
 
     - `recognised`: the share in percent, in the worst class, that a classifier of all digits calls by the label asked for.
     - `variety`: the mean distance between two images of a class over that of real training images, in the worst class.
@@ -39,40 +44,52 @@ def generated_scores(
     - `rarest`: the share in percent of the class that it sees least, times the number of classes: 100 where all are equally
       frequent, and what tells of an unconditional generator, whose `recognised` is chance.
 
-    Of sets other than digits there is `variety` alone. `complete` adds a table and pictures.
+    - `nearest`: where labels are clusters, the share in percent, in the worst one, that lies nearest to the mean of the real
+      images of the label asked for, among the means of all labels; 100 for the real images themselves.
+
+    Clusters have `nearest` in place of `recognised`, since a digit is no cluster. Of sets other than digits there is neither
+    of `recognised`, `sure` and `rarest`. `complete` adds a table and pictures.
     """
     digits = found.name == "digits"
     each = SAMPLES if digits else SHOWN
-    labels = torch.arange(found.classes).repeat_interleave(each)
-    kept: list[Tensor] = []  # of photographs those that are shown: all of them take gigabytes
+    classes = found.classes if clusters is None else clusters
+    labels = torch.arange(classes).repeat_interleave(each)
+    real: list[Tensor] = []
+    means: list[Tensor] = []  # of the real images of each label
+    apart_of_real: list[Tensor] = []
+    for c in range(classes):
+        of_class = _real(found, learned, c, context)
+        apart_of_real.append(_distance(of_class))
+        means.append(of_class.flatten(1).mean(0))
+        real += [of_class[:SHOWN].clone()] if c < ROWS else []  # all photographs together take gigabytes
+    kept: list[Tensor] = []
     apart: list[Tensor] = []
+    nearest: list[Tensor] = []
     for part in labels.split(AT_ONCE):
         made = _images(generator, part, latent, context)
         apart += [_distance(made[part == c]) for c in part.unique()]
+        nearest += [torch.cdist(made.flatten(1), torch.stack(means)).argmin(1)] if clusters is not None else []
         kept.append(made if digits else made[part < ROWS])
-    images, labels = torch.cat(kept), labels if digits else labels[labels < ROWS]
-    real: list[Tensor] = []
-    apart_of_real: list[Tensor] = []
-    for c in range(found.classes):
-        of_class = _real(found, learned, c, context)
-        apart_of_real.append(_distance(of_class))
-        real += [of_class[:SHOWN].clone()] if c < ROWS else []
+    images, shown = torch.cat(kept), labels if digits else labels[labels < ROWS]
     distances, wanted = torch.stack(apart), torch.stack(apart_of_real)
     metrics = {"variety": _least(distances / wanted)}
-    columns: dict[str, list[Any]] = {"class": [str(c) for c in range(found.classes)]}
+    columns: dict[str, list[Any]] = {"class" if clusters is None else "label": [str(c) for c in range(classes)]}
+    if clusters is not None:
+        near = _shares(torch.cat(nearest), labels, classes)
+        metrics |= {"nearest": near.min().item(), "mean_nearest": near.mean().item()}
+        columns |= {"nearest (%)": near.tolist()}
     if digits:
         probabilities = digits_judge()(2 * images.float() - 1).softmax(1)
         seen = probabilities.argmax(1)
-        right = (seen == labels).float()
-        shares = 100 * torch.stack([right[labels == c].mean() for c in range(found.classes)])
         counts = torch.bincount(seen, minlength=found.classes)
+        if clusters is None:
+            shares = _shares(seen, labels, classes)
+            metrics |= {"recognised": shares.min().item(), "mean_recognised": shares.mean().item()}
+            columns |= {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
         metrics |= {
-            "recognised": shares.min().item(),
-            "mean_recognised": shares.mean().item(),
             "sure": 100 * (probabilities.amax(1) >= SURE).float().mean().item(),
             "rarest": 100 * counts.min().item() * found.classes / len(labels),
         }
-        columns |= {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
     if not complete:
         return mlo.Evaluation(metrics=metrics)
     columns |= {
@@ -81,12 +98,12 @@ def generated_scores(
         "ratio": (distances / wanted).tolist(),
     }
     table = mlo.Table(
-        title=f"Generated images, {each} a class",
+        title=f"Generated images, {each} a {'class' if clusters is None else 'label'}",
         columns=tuple(columns),
         rows=tuple(zip(*([_number(entry) for entry in column] for column in columns.values()), strict=True)),
     )
     real_labels = torch.cat([torch.full((len(each),), c) for c, each in enumerate(real)])
-    pictures = {"generated": grid(images, labels), "real": grid(torch.cat(real), real_labels)}
+    pictures = {"generated": grid(images, shown), "real": grid(torch.cat(real), real_labels)}
     return mlo.Evaluation(metrics=metrics, tables=(table,), pictures=pictures)
 
 
@@ -124,6 +141,12 @@ def _real(found: ImageSets, part: Part, label: int, context: mlo.Context) -> Ten
 def _distance(images: Tensor) -> Tensor:
     """Mean L2 distance between two different images; NaN where there are fewer than two."""
     return torch.pdist(images.flatten(1)).mean().float()
+
+
+def _shares(seen: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The share in percent of each label's images that are seen as it, [classes]."""
+    right = (seen == labels).float()
+    return 100 * torch.stack([right[labels == c].mean() for c in range(classes)])
 
 
 def _least(ratios: Tensor) -> float:

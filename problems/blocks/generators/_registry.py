@@ -15,31 +15,35 @@ from problems.blocks.generators._convolutional import (
 )
 from problems.blocks.generators._ddim import Schedule
 from problems.blocks.generators._diffusion import Diffusion
-from problems.blocks.generators._elsewhere import Interval
+from problems.blocks.generators._elsewhere import Interval, Signature
 from problems.blocks.image_sets import ImageSets
 
 LATENT = 64
 """The size of z where nothing else is said: that of a diffusion model of digits, so that families can be exchanged."""
 
 
-def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Callable[..., nn.Module]]:
-    """The generators that a level can be, by name: images like this set's, in [0, 1], for its classes.
+def generators_for(
+    found: ImageSets, *, latent: int = LATENT, labels: int | None = None
+) -> dict[str, Callable[..., nn.Module]]:
+    """The generators that a level can be, by name: images like this set's, in [0, 1].
 
     - `latent`: the size of z unless an option says otherwise.
+    - `labels`: how many labels there are; None for the set's classes.
     """
-    classes, channels, size, drawn = found.classes, found.channels, found.size, latent
+    channels, wanted, drawn = found.channels, found.size, latent
+    classes = found.classes if labels is None else labels
 
     def gan(*, latent: int = drawn, width: int = 16, embedding: int = 16) -> nn.Module:
         return ConvolutionalGenerator(
-            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=wanted
         )
 
     def unconditional_gan(*, latent: int = drawn, width: int = 16) -> nn.Module:
-        return ConvolutionalGenerator(latent=latent, width=width, labels=None, channels=channels, size=size)
+        return ConvolutionalGenerator(latent=latent, width=width, labels=None, channels=channels, size=wanted)
 
     def biggan(*, latent: int = drawn, width: int = 16, embedding: int = 32) -> nn.Module:
         return BigGANGenerator(
-            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=size
+            latent=latent, width=width, embedding=embedding, labels=classes, channels=channels, size=wanted
         )
 
     def diffusion(
@@ -52,20 +56,47 @@ def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Calla
     ) -> nn.Module:
         labels = classes if conditional else None
         return Diffusion(
-            latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=size
+            latent=latent, width=width, steps=steps, schedule=schedule, labels=labels, channels=channels, size=wanted
+        )
+
+    def signature(
+        latent: int, conditional: bool, labels: int | None, weights: bool, drawn: int | None, interval: Interval
+    ) -> Signature:
+        if labels is not None and not conditional:
+            raise ValueError(f"labels is {labels}, and conditional is false")
+        return Signature(
+            latent=latent,
+            labels=(classes if labels is None else labels) if conditional else None,
+            weights=weights,
+            channels=channels,
+            size=wanted,
+            drawn=drawn,
+            interval=interval,
         )
 
     def torchscript(
-        *, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit"
+        *,
+        path: str,
+        latent: int = drawn,
+        conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
+        interval: Interval = "unit",
     ) -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.torchscript(
-            path, latent=latent, labels=labels, channels=channels, size=size, interval=interval
-        )
+        return _elsewhere.torchscript(path, signature(latent, conditional, labels, weights, size, interval))
 
-    def exported(*, path: str, latent: int = drawn, conditional: bool = True, interval: Interval = "unit") -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.exported(path, latent=latent, labels=labels, channels=channels, size=size, interval=interval)
+    def exported(
+        *,
+        path: str,
+        latent: int = drawn,
+        conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
+        interval: Interval = "unit",
+    ) -> nn.Module:
+        return _elsewhere.exported(path, signature(latent, conditional, labels, weights, size, interval))
 
     def imported(
         *,
@@ -73,12 +104,12 @@ def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Calla
         name: str = "generator",
         latent: int = drawn,
         conditional: bool = True,
+        labels: int | None = None,
+        weights: bool = False,
+        size: int | None = None,
         interval: Interval = "unit",
     ) -> nn.Module:
-        labels = classes if conditional else None
-        return _elsewhere.imported(
-            module, name, latent=latent, labels=labels, channels=channels, size=size, interval=interval
-        )
+        return _elsewhere.imported(module, name, signature(latent, conditional, labels, weights, size, interval))
 
     return {
         "gan": gan,
@@ -92,9 +123,12 @@ def generators_for(found: ImageSets, *, latent: int = LATENT) -> dict[str, Calla
     }
 
 
-def discriminators_for(found: ImageSets) -> dict[str, Callable[..., nn.Module]]:
-    """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none."""
-    classes, channels, size = found.classes, found.channels, found.size
+def discriminators_for(found: ImageSets, *, labels: int | None = None) -> dict[str, Callable[..., nn.Module]]:
+    """The discriminators that a level can be, by name, for images like this set's; a diffusion model has none.
+
+    - `labels`: how many labels there are; None for the set's classes.
+    """
+    classes, channels, size = found.classes if labels is None else labels, found.channels, found.size
 
     def gan_discriminator(*, width: int = 16, normalised: bool = True) -> nn.Module:
         return ConvolutionalDiscriminator(

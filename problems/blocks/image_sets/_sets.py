@@ -44,6 +44,7 @@ class ImageSets:
     """A set's parts, which share no image, and what networks must know of it.
 
     - `rest`: training images that `fraction` leaves out, not augmented.
+    - `foundation`: training images that are taken away before all else, not augmented: what a foundation model may see.
     - `classes`, `channels`, `size`: labels are below `classes`; images are [channels, size, size].
     - `mean`, `deviation`: by channel, of images in [0, 1].
     """
@@ -58,6 +59,7 @@ class ImageSets:
     validation: Part
     test: Part
     rest: Part
+    foundation: Part
 
 
 def image_sets(
@@ -67,14 +69,16 @@ def image_sets(
     seed: int,
     validation: Share = 0.1,
     fraction: Share = 1.0,
+    foundation: Share = 0.0,
     size: int | None = None,
     complete: bool = True,
     workers: int = 0,
 ) -> ImageSets:
     """Read set `name` and split its training images at random, every class in proportion (`stratified`).
 
-    Of the training images a `fraction` is used, and of these the share `validation` is set aside. The test images are the
-    official ones. Nothing is downloaded, and nothing but labels and paths is read of sets of photographs.
+    Of the training images the share `foundation` is taken away, of what remains a `fraction` is used, and of this the share
+    `validation` is set aside. The test images are the official ones. Nothing is downloaded, and nothing but labels and paths
+    is read of sets of photographs.
 
     - `name`: one of `SETS`.
     - `root`: the folder that holds the set's files, as `docs/data.md` lists them. Digits need none.
@@ -91,6 +95,8 @@ def image_sets(
         raise ValueError(f"validation is {validation}; it must be at least 0 and below 1")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be above 0 and at most 1")
+    if not 0 <= foundation < 1:
+        raise ValueError(f"foundation is {foundation}; it must be at least 0 and below 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be at least 0")
     pixels = _size(name, known, size)
@@ -105,7 +111,11 @@ def image_sets(
             )
     images = {half: known.images(what, size=pixels, workers=workers) for half, (what, _) in found.items()}
     labels = {half: each for half, (_, each) in found.items()}
-    used, rest = stratified(labels["train"], fraction, generator=_generator(seed, "fraction"))
+    taken, open_to_all = stratified(labels["train"], foundation, generator=_generator(seed, "foundation"))
+    used, rest = (
+        open_to_all[chosen]
+        for chosen in stratified(labels["train"][open_to_all], fraction, generator=_generator(seed, "fraction"))
+    )
     if len(used) == 0:
         raise ValueError(f"fraction is {fraction}; of {len(rest)} images it leaves none")
     held_out, kept = stratified(labels["train"][used], validation, generator=_generator(seed, "validation"))
@@ -124,6 +134,7 @@ def image_sets(
         validation=part("train", used[held_out]),
         test=part("test", torch.arange(len(labels["test"]))),
         rest=part("train", rest),
+        foundation=part("train", taken),
     )
 
 

@@ -10,7 +10,8 @@ class ImageSettings(mlo.Settings):
     """Which images, how they are divided, and the size of the batches.
 
     - `source`, `root`, `complete`, `size`, `workers`: see `image_sets`.
-    - `fraction`: the share of the set's training images that is used at all.
+    - `foundation`: the share of the set's training images that is taken away first, for a foundation model alone.
+    - `fraction`: the share of the others that is used at all.
     - `validation`: the share of these that is set aside for validation; the others are for training.
     - `batch_size`: images a batch.
     """
@@ -20,6 +21,7 @@ class ImageSettings(mlo.Settings):
     complete: bool = True
     size: int | None = None
     workers: int = 0
+    foundation: float = 0.0
     fraction: float = 1.0
     validation: float = 0.1
     batch_size: int = 64
@@ -34,6 +36,7 @@ class ImageSettings(mlo.Settings):
             seed=seed,
             validation=self.validation,
             fraction=self.fraction,
+            foundation=self.foundation,
             size=self.size,
             complete=self.complete,
             workers=self.workers,

@@ -8,6 +8,7 @@ from problems.blocks.networks._digits import Generator as Generator
 from problems.blocks.networks._digits import LastTwoLayers as LastTwoLayers
 from problems.blocks.networks._digits import TwoLayers as TwoLayers
 from problems.blocks.networks._divided import Divided as Divided
+from problems.blocks.networks._divided import divided as divided
 from problems.blocks.networks._for_images import networks_for as networks_for
 from problems.blocks.networks._normalise import Normalise as Normalise
 from problems.blocks.networks._normalise import normalised as normalised

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, final
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypeAlias, final
 
 from torch import Tensor, nn
 
@@ -47,3 +49,13 @@ class Divided(nn.Module):
                 raise mlo.UserError("this network has one head; variables `…_two_heads` have a second")
             return self.second_head(inputs)
         return self.head(self.features(inputs))
+
+
+def divided(make: Callable[..., nn.Module], *, second_head: bool = False) -> Callable[..., nn.Module]:
+    """The network that `make` makes, `Divided`, with the options of `make`."""
+
+    @wraps(make)
+    def cut(**options: Any) -> nn.Module:
+        return Divided(make(**options), second_head=second_head)
+
+    return cut
