@@ -62,6 +62,8 @@ class Data(ImageSettings):
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
+    if settings.latent < 1:
+        raise ValueError(f"latent is {settings.latent}; it must be at least 1")
     found = settings.sets(context.seed)
     learned = _learned(found, settings, context.seed)
     labels = found.classes if settings.foundation_labels is None else settings.foundation_labels

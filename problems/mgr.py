@@ -34,6 +34,7 @@ from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
 from problems.blocks.held_out import HeldOut
 from problems.blocks.image_sets import ImageSets, ImageSettings, stream
+from problems.blocks.judge import Photographs, judge_from
 from problems.blocks.latents import kl_to_standard_normal
 from problems.blocks.networks import divided, networks_for
 from problems.blocks.samples import FEWER, SAMPLES, drawn, sample_labels, samples_pictures, samples_table
@@ -60,20 +61,30 @@ class Data(ImageSettings):
     - `latent`: the size of z, which must be the generator's.
     - `strongest`: the largest magnitude of T's operations, in [0, 1]: `problems.blocks.augmentation`.
     - `augmentation`: what is done to real training images beside the set's standard augmentation, Table 3.
+    - `judge`, `judge_depth`: a file with the weights of a ResNet of torchvision, and its depth, in whose features generated
+      photographs are compared with real ones: `problems.blocks.judge`. Digits have a judge of their own.
     """
 
     latent: int = 64
     strongest: float = 1.0
     augmentation: Literal["none", "augmix", "rand_augment", "trivial_augment"] = "none"
+    judge: str | None = None
+    judge_depth: Literal[18, 34, 50, 101] = 18
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     """The problem on the images that `settings` describe."""
+    if settings.latent < 1:
+        raise ValueError(f"latent is {settings.latent}; it must be at least 1")
     found = settings.sets(context.seed)
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the finder to be judged by")
     if not 0 <= settings.strongest <= 1:
         raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
+    if settings.judge is not None and found.channels != 3:
+        raise ValueError(
+            f"judge is '{settings.judge}'; images of {found.name} are grey, and it is a network of coloured ones"
+        )
     drawn = partial(stream, size=settings.batch_size, device=context.device, dtype=context.dtype)
     train = drawn(found.train)
     if settings.augmentation != "none":
@@ -249,9 +260,24 @@ def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Ge
     return {"z": z, "labels": labels, "strong": in_dtype(drawn, dtype)}
 
 
+def _classifier(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
+    """The level that is judged: level `classifier`, if it is in `model`, as where a graph names none; or else the first."""
+    name = "classifier" if "classifier" in model else model[0]
+    level = values[name]
+    if "head.weight" not in level and "head.weight" not in getattr(level, "buffers", ()):
+        raise mlo.UserError(
+            f"evaluation.model: level '{name}' is no network and classifies nothing; name one, such as 'classifier'"
+        )
+    return level
+
+
 def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.Evaluate:
     """Judges the classifier, and the images of the generator, if there is one, from uniform and from found latents."""
     held_out = HeldOut(found, context)
+    photographs: Photographs | None = None
+    if settings.judge is not None:
+        judge = judge_from(settings.judge, depth=settings.judge_depth, device=context.device)
+        photographs = Photographs(judge, found, latent=settings.latent, context=context)
 
     def evaluate(
         values: Mapping[str, Any],
@@ -261,14 +287,16 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         totals: Mapping[str, Mapping[str, Tensor]],
         complete: bool,
     ) -> mlo.Evaluation:
-        network = values[model[0]]
+        network = _classifier(values, model)
         metrics = held_out.scores(network, split)
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}
         synthetic: Tensor | None = None
-        if "generator" in values and (complete or held_out.digits is not None):
-            digits = held_out.digits
-            generate, find = partial(values["generator"], training=False), values.get("finder")
+        generate = partial(values["generator"], training=False) if "generator" in values else None
+        digits, find = held_out.digits, values.get("finder")
+        if generate is not None and photographs is not None:
+            metrics |= photographs.distances(generate, find)
+        if generate is not None and (complete or digits is not None):
             count = FEWER if digits is None else SAMPLES
             z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
             samples = drawn(generate, find, z, sample_labels(count, classes=found.classes, device=context.device))

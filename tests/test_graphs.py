@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,30 @@ def test_every_level_moves_and_every_part_arrives(path: Path, files: Files, cach
 def test_networks_as_large_as_the_graphs_have_them(path: Path, files: Files, cache: Path, tmp_path: Path) -> None:
     told = with_starts(mlo.load(path), partial(on_files, files=files))
     two_iterations(shortened(path, *told), cache, tmp_path)
+
+
+def cosines(options: object) -> Iterator[Mapping[str, Any]]:
+    """All schedules of that name among an optimizer's options."""
+    for name, option in options.items() if isinstance(options, Mapping) else ():
+        if name == "cosine":
+            yield option
+        else:
+            yield from cosines(option)
+
+
+def in_one_unit(duration: object) -> float:
+    """Iterations, or passes over a stream."""
+    return getattr(duration, "epochs", None) or (duration["epochs"] if isinstance(duration, Mapping) else duration)
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=relative)
+def test_no_learning_rate_is_zero_before_the_run_ends(path: Path) -> None:
+    """A cosine to nothing lasts as long as its run, also where a graph that starts from another one makes that longer."""
+    spec = mlo.load(path)
+    for each in (spec, *spec.starts.values()):
+        for name, level in each.levels.items():
+            for cosine in cosines(level.optimizer.options if level.optimizer else {}):
+                assert "end" in cosine or in_one_unit(cosine["over"]) >= in_one_unit(each.iterations), (each.name, name)
 
 
 def two_iterations(spec: mlo.Spec, cache: Path, tmp_path: Path) -> None:

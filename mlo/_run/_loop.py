@@ -104,6 +104,11 @@ class Loop:
         if self._evaluates(iteration):
             found = evaluate(self.assembly, state, standing.totals, "validation", complete=False).metrics
             standing = standing.judged(found)
+        if iteration in self.assembly.pictures_at and self._judges:
+            drawn = evaluate(self.assembly, state, standing.totals, "test", complete=True).pictures
+            write_pictures(
+                self.folder / "pictures" / f"at_{iteration}", drawn
+            )  # before a checkpoint can be beyond them
         warned = standing.warned_since(self.standing)
         with self.stop.keeping():
             self.standing = standing
@@ -153,16 +158,20 @@ class Loop:
             best = _checkpoint.Checkpoint(state=self.standing.state, totals=self.standing.totals)
             self._write("selected", best)
         iteration = best.state.iteration
-        if self.assembly.problem.evaluate is None or self.assembly.spec.evaluation is None:
+        if not self._judges:
             return Verdict(iteration)
         validation = evaluate(self.assembly, best.state, best.totals, "validation", complete=False)
         test = evaluate(self.assembly, best.state, best.totals, "test", complete=True)
         write_pictures(self.folder / "pictures", test.pictures)
         return Verdict(iteration, {**validation.metrics, **test.metrics}, test.tables)
 
+    @property
+    def _judges(self) -> bool:
+        return self.assembly.problem.evaluate is not None and self.assembly.spec.evaluation is not None
+
     def _evaluates(self, iteration: int) -> bool:
         every = self.assembly.evaluate_every
-        if self.assembly.spec.evaluation is None or self.assembly.problem.evaluate is None:
+        if not self._judges:
             return False
         return iteration == self.assembly.iterations or (every is not None and iteration % every == 0)
 

@@ -18,7 +18,7 @@ _SMALLEST = 480
 def write_pictures(folder: Path, pictures: Mapping[str, Tensor]) -> None:
     """Write each picture, uint8 [height, width] or [height, width, 3], to `<folder>/<name>.png`."""
     if pictures:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         image = Image.fromarray(picture.cpu().numpy())
         factor = max(1, -(-_SMALLEST // min(image.size)))

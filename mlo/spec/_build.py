@@ -26,7 +26,7 @@ from mlo.schedule._abstract import AbstractSchedule
 from mlo.schedule._epochs import in_iterations
 from mlo.spec._faults import Fault, kind_of, unknown
 from mlo.spec._levels import Epochs, LevelSpec
-from mlo.spec._nodes import fold
+from mlo.spec._nodes import KeyPath, fold
 from mlo.spec._options import check_options, construct
 from mlo.spec._problems import problem_module
 from mlo.spec._registry import hypergradient_of, optimizer_of
@@ -45,7 +45,7 @@ class Assembly:
     """All a run needs, built from a specification.
 
     - `iterations`, `evaluate_every`, `checkpoint_every`: durations in iterations; None where nothing is evaluated before
-      the end.
+      the end. `pictures_at`: iterations after which pictures are made.
     - `streams`: by name; `batches`: which of them make up each level's batch.
     - `notices`: what a user should know before the run begins.
     """
@@ -56,6 +56,7 @@ class Assembly:
     iterations: int
     evaluate_every: int | None
     checkpoint_every: int
+    pictures_at: frozenset[int]
     streams: Mapping[str, AbstractStream]
     batches: Mapping[str, str | tuple[str, ...] | None]
     notices: tuple[str, ...]
@@ -79,6 +80,7 @@ def assemble(spec: Spec) -> Assembly:
     iterations = durations.iterations()
     evaluate_every = durations.evaluate_every()
     checkpoint_every = durations.checkpoint_every() or max(1, iterations // 10)
+    pictures_at = durations.pictures_at()
     faults += _evaluation_faults(spec, problem)
     if not faults:
         declared = [level for level in levels if level is not None]
@@ -99,6 +101,11 @@ def assemble(spec: Spec) -> Assembly:
         for name in remembering
         if name in used
     )
+    notices += tuple(
+        f"evaluation.pictures_at: there is no iteration {at}, for the run ends at {iterations}"
+        for at in sorted(pictures_at)
+        if at > iterations
+    )
     if graph.compiles_with == EAGER:
         notices += (NO_COMPILER,)
     return Assembly(
@@ -108,6 +115,7 @@ def assemble(spec: Spec) -> Assembly:
         iterations=iterations,
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
+        pictures_at=pictures_at,
         streams=streams,
         batches={name: level.batch for name, level in spec.levels.items()},
         notices=notices,
@@ -406,12 +414,18 @@ class _Durations:
             return None
         return self._iterations(evaluation.every, None, ("evaluation", "every"))
 
+    def pictures_at(self) -> frozenset[int]:
+        """After which iterations pictures are made."""
+        asked = self.spec.evaluation.pictures_at if self.spec.evaluation else ()
+        places = ("evaluation", "pictures_at")
+        return frozenset(self._iterations(each, None, (*places, place)) for place, each in enumerate(asked))
+
     def checkpoint_every(self) -> int | None:
         """How often a run saves itself, if the graph says so."""
         settings = self.spec.checkpoint
         return None if settings is None else self._iterations(settings.every, None, ("checkpoint", "every"))
 
-    def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: tuple[str, ...]) -> int:
+    def _iterations(self, duration: int | Epochs, level: LevelSpec | None, path: KeyPath) -> int:
         if isinstance(duration, int):
             return duration
         if duration.of is not None and duration.of not in self.streams:

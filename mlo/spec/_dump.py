@@ -31,6 +31,8 @@ def to_yaml(spec: Spec) -> str:
 def spec_hash(spec: Spec) -> str:
     """See `Spec.hash`."""
     content = {key: value for key, value in _written(spec).items() if key not in _NOT_NUMBERS}
+    if "evaluation" in content:
+        content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "pictures_at"}
     if not content["compile"]:
         del content["compile"]  # as before there was such a key
     content["levels"] = {
@@ -56,6 +58,9 @@ def _written(value: Any) -> Any:
         case Mapping():
             items: Mapping[str, Any] = value
             return {key: _written(each) for key, each in items.items()}
+        case tuple():
+            members: tuple[Any, ...] = value
+            return tuple(_written(each) for each in members)
         case _:
             return value
 

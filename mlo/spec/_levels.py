@@ -63,6 +63,11 @@ def listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def several(value: object) -> object:
+    """A single duration is a list of one."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
 Chosen: TypeAlias = Annotated[
     Choice | None, BeforeValidator(_named), Form("a name or {name: {option: value}}", whole=True)
 ]
@@ -76,6 +81,12 @@ Constrained: TypeAlias = Annotated[
 ]
 Duration: TypeAlias = Annotated[
     Annotated[int, Field(ge=1)] | Epochs, Form("a whole number of at least 1, or {epochs: n}")
+]
+Durations: TypeAlias = Annotated[
+    tuple[Duration, ...],
+    BeforeValidator(several),
+    Also(Duration),
+    Form("a whole number of at least 1, {epochs: n}, or a list of these", whole=True),
 ]
 
 

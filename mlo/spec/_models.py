@@ -13,7 +13,7 @@ from mlo.spec._dump import spec_hash, to_yaml
 from mlo.spec._faults import Fault, Line, fail
 from mlo.spec._forms import Also, Form
 from mlo.spec._frozen import Frozen, freeze
-from mlo.spec._levels import CONFIG, Duration, LevelSpec, listed
+from mlo.spec._levels import CONFIG, Duration, Durations, LevelSpec, listed
 from mlo.spec._nodes import KeyPath, Place, Table, locate
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class EvaluationSpec(BaseModel):
     - `model`: the levels that are evaluated; None leaves it to the problem.
     - `every`: evaluated every so many iterations, and at the end; None: at the end only.
     - `select`: the metric by which the best checkpoint is kept; None keeps the last.
+    - `pictures_at`: iterations after which pictures are made, besides those at the end; they change no number.
     """
 
     model_config = CONFIG
@@ -62,6 +63,7 @@ class EvaluationSpec(BaseModel):
     ] = None
     every: Annotated[Duration | None, Form("a whole number of at least 1, or {epochs: n}", whole=True)] = None
     select: Annotated[str | None, Field(min_length=1), Form("the name of a metric, such as validation.accuracy")] = None
+    pictures_at: Durations = ()
 
 
 class CheckpointSpec(BaseModel):
@@ -160,7 +162,8 @@ class Spec(BaseModel):
     def hash(self) -> str:
         """SHA-256 of what decides the numbers: equal specs, and only those that compute the same, have equal ones.
 
-        `name`, `checkpoint` and the paths of files do not count; a start counts as the hash of its own spec.
+        `name`, `checkpoint`, `evaluation.pictures_at` and the paths of files do not count; a start counts as the hash of its
+        own spec.
         """
         return spec_hash(self)
 

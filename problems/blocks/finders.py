@@ -6,17 +6,18 @@ from typing import final
 
 from torch import Tensor, nn
 
-import mlo
-
 
 def perceptron(inputs: int, outputs: int, *, layers: int = 3, hidden: int = 64) -> nn.Sequential:
     """`layers` linear layers with leaky ReLU (slope 0.01) between them, [batch, inputs] to [batch, outputs].
 
-    - `layers`: with 1 it is linear. Raises UserError below.
+    - `layers`: with 1 it is linear.
     - `hidden`: units of every layer but the last.
+
+    Raises ValueError for less than one of either.
     """
-    if layers < 1 or hidden < 1:
-        raise mlo.UserError(f"layers={layers}, hidden={hidden}: a perceptron has at least one of each")
+    for name, number in (("layers", layers), ("hidden", hidden)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
     sizes = [inputs, *[hidden] * (layers - 1), outputs]
     parts: list[nn.Module] = []
     for number in range(layers):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,25 +21,38 @@ def recogniser(*, seed: int = 0, iterations: int = 1000, batch: int = 64, learni
 
     SGD with momentum 0.9 and a learning rate that falls linearly to zero, on mildly jittered images, so that it judges
     the digit and not its exact place. It has seen the test images: use it to judge generators, never classifiers.
-    The same seed gives the same recogniser, and the caller's random numbers are left as they were.
+    The same seed gives the same recogniser, whatever torch's default dtype, and the caller's random numbers are left as they
+    were.
     """
     everything = all_digits()
     jitter = Jitter(rotation=15.0, scale=0.1, shift=0.85)
     draws = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _drawing(everything.images.dtype):
         torch.manual_seed(seed)
-        model = Classifier().to(everything.images.dtype)
+        model = Classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=iterations)
     for _ in range(iterations):
         chosen = torch.randint(len(everything), (batch,), generator=draws)
         images = everything.images[chosen]
-        images = jitter(images, uniform_draws(batch, generator=draws).to(images.dtype))
+        with _drawing(images.dtype):
+            images = jitter(images, uniform_draws(batch, generator=draws))
         optimizer.zero_grad()
         cross_entropy(model(images), everything.labels[chosen]).backward()
         optimizer.step()
         schedule.step()
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _drawing(dtype: torch.dtype) -> Generator[None]:
+    """Random numbers of this type, which decides how they are drawn, where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def recognised_share(judge: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:

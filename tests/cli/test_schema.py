@@ -83,6 +83,8 @@ GOOD = [
     ("10\n", "{epochs: 3}\n"),
     ("10\n", "10\nstart: {weights: a.yaml, penalty: {graph: b.yaml, with: {iterations: 3}}}\n"),
     ("10\n", "10\nevaluation: {model: weights, every: {epochs: 1}, select: validation.accuracy}\n"),
+    ("10\n", "10\nevaluation: {pictures_at: 5}\n"),
+    ("10\n", "10\nevaluation: {pictures_at: [5, {epochs: 3, of: train}]}\n"),
     ("10\n", "10\ncheckpoint: {every: 3}\ndevice: cuda:1\ndtype: float64\nthreads: 1\ncompile: true\n"),
     ("{sgd: {learning_rate: 0.1, momentum: 0.5}}", "none"),
     ("{adam: {learning_rate: 1e-3}}", "adam"),

@@ -225,7 +225,9 @@ def test_recogniser_depends_on_its_seed_alone():
     first = recogniser(seed=0, iterations=3)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(6)
+    torch.set_default_dtype(torch.float64)
     again = recogniser(seed=0, iterations=3)
+    assert torch.get_default_dtype() == torch.float64
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 

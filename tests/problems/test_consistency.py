@@ -399,3 +399,16 @@ def test_with_thresholds_passes_everything_else_on():
     assert torch.equal(module(x), -x)
     assert torch.equal(module(x, part="features"), x)
     assert isinstance(module(thresholds_of=x), Thresholds)
+
+
+def test_a_class_that_nobody_has_been_taken_for_leaves_fairness_finite():
+    """Its h̃ falls as λ^n to nothing, in float32 within 100,000 steps, and p̃/h̃ to infinity: all weight is on that class."""
+    strong = logits_of((0.6, 0.3, 0.1), (0.2, 0.7, 0.1)).float().requires_grad_()
+    for rarest in (0.0, 1e-44):
+        thresholds = Thresholds(
+            *(torch.tensor(row).float() for row in ([0.3] * 3, [0.5, 0.4, 0.1], [0.6, 0.4, rarest]))
+        )
+        found = consistency.fairness(Targets(torch.eye(3)[:2].float(), torch.ones(2)), strong, thresholds)
+        (slope,) = torch.autograd.grad(found, strong)
+        assert found.abs() < 1e-6  # no sample is taken for it: log n(p̄/h̄) of it is left out
+        assert slope.isfinite().all()

@@ -381,10 +381,13 @@ def test_the_graph_holds_what_the_paper_states() -> None:
 
 
 def test_a_run_keeps_samples_features_and_distances(tmp_path: Path) -> None:
-    spec = mlo.load(MGR, "iterations=2", "start.generator.with.iterations=2", "evaluation.every=1")
+    spec = mlo.load(
+        MGR, "iterations=2", "start.generator.with.iterations=2", "evaluation.every=1", "evaluation.pictures_at=1"
+    )
     run = mlo.run(spec, tmp_path / "run", cache=tmp_path / "start", quiet=True)
-    names = {path.name for path in (run.folder / "pictures").iterdir()}
-    assert names == {"features.png", "synthetic_uniform.png", "synthetic_found.png"}
+    names = {str(path.relative_to(run.folder / "pictures")) for path in (run.folder / "pictures").rglob("*.png")}
+    at_the_end = {"features.png", "synthetic_uniform.png", "synthetic_found.png"}
+    assert names == at_the_end | {f"at_1/{name}" for name in at_the_end}
     evaluations = [line["evaluation"] for line in run.metrics if "evaluation" in line]
     assert len(evaluations) == 2
     for each in evaluations:

@@ -15,7 +15,8 @@ def full(write, graph, first):
     write(first, "gan.yaml")
     return graph + (
         "start: {weights: {graph: gan.yaml, with: {iterations: 5, data: {depth: null}, start: null}}, penalty: gan.yaml}\n"
-        "evaluation: {model: [weights], every: {epochs: 1}, select: validation.accuracy}\n"
+        "evaluation: {model: [weights], every: {epochs: 1}, select: validation.accuracy, "
+        "pictures_at: [3, {epochs: 2, of: train}]}\n"
         "checkpoint: {every: 50}\n"
         "name: '010'\n"
     )
@@ -45,6 +46,8 @@ SAME = [
     "name=other",
     "checkpoint.every=3",
     "checkpoint=null",
+    "evaluation.pictures_at=7",
+    "evaluation.pictures_at=null",
     "levels.weights.optimizer.sgd.momentum=0.50",
     "data.size=4.0",
     "compile=false",

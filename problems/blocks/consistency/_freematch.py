@@ -113,7 +113,9 @@ def fairness(targets: Targets, logits_strong: Tensor, thresholds: Thresholds) ->
     present = counts > 0
     ratio = torch.where(present, total / torch.where(present, counts, 1), 0)
     current = torch.where(present, ratio / torch.where(present.any(), ratio.sum(), 1), 1)
-    expected = (thresholds.probabilities / thresholds.histogram).to(probabilities.dtype)
+    # As small as it comes where nobody has been taken for a class for 100,000 steps: p̃/h̃ is finite then, too.
+    histogram = thresholds.histogram.clamp(min=torch.finfo(thresholds.histogram.dtype).tiny)
+    expected = (thresholds.probabilities / histogram).to(probabilities.dtype)
     return (expected / expected.sum() * current.log()).sum()
 
 

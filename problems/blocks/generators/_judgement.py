@@ -13,7 +13,10 @@ from problems.blocks.image_sets import ImageSets, Part, in_order
 from problems.blocks.scores import digits_judge
 
 SAMPLES, SHOWN, AT_ONCE = 100, 10, 100
-"""Images of a class that are judged of digits, and that are shown; images that are generated at once."""
+"""Images of a class that are judged of digits, and that are shown; images that are generated at once, of whole classes."""
+
+ROWS = 20
+"""Classes that are shown."""
 
 SURE = 0.9
 """The probability from which the classifier counts as sure."""
@@ -51,14 +54,28 @@ def generated_scores(
     each = SAMPLES if digits else SHOWN
     classes = found.classes if clusters is None else clusters
     labels = torch.arange(classes).repeat_interleave(each)
-    images = torch.cat([_images(generator, part, latent, context) for part in labels.split(AT_ONCE)])
-    real, real_labels = _real(learned, classes, SAMPLES, context)
-    distances = _distances(images, labels, classes)
-    wanted = _distances(real, real_labels, classes)
+    real: list[Tensor] = []
+    means: list[Tensor] = []  # of the real images of each label
+    apart_of_real: list[Tensor] = []
+    for c in range(classes):
+        of_class = _real(found, learned, c, context)
+        apart_of_real.append(_distance(of_class))
+        means.append(of_class.flatten(1).mean(0))
+        real += [of_class[:SHOWN].clone()] if c < ROWS else []  # all photographs together take gigabytes
+    kept: list[Tensor] = []
+    apart: list[Tensor] = []
+    nearest: list[Tensor] = []
+    for part in labels.split(AT_ONCE):
+        made = _images(generator, part, latent, context)
+        apart += [_distance(made[part == c]) for c in part.unique()]
+        nearest += [torch.cdist(made.flatten(1), torch.stack(means)).argmin(1)] if clusters is not None else []
+        kept.append(made if digits else made[part < ROWS])
+    images, shown = torch.cat(kept), labels if digits else labels[labels < ROWS]
+    distances, wanted = torch.stack(apart), torch.stack(apart_of_real)
     metrics = {"variety": _least(distances / wanted)}
     columns: dict[str, list[Any]] = {"class" if clusters is None else "label": [str(c) for c in range(classes)]}
     if clusters is not None:
-        near = _shares(_nearest(images, real, real_labels, classes), labels, classes)
+        near = _shares(torch.cat(nearest), labels, classes)
         metrics |= {"nearest": near.min().item(), "mean_nearest": near.mean().item()}
         columns |= {"nearest (%)": near.tolist()}
     if digits:
@@ -85,7 +102,8 @@ def generated_scores(
         columns=tuple(columns),
         rows=tuple(zip(*([_number(entry) for entry in column] for column in columns.values()), strict=True)),
     )
-    pictures = {"generated": grid(images, labels), "real": grid(real, real_labels)}
+    real_labels = torch.cat([torch.full((len(each),), c) for c, each in enumerate(real)])
+    pictures = {"generated": grid(images, shown), "real": grid(torch.cat(real), real_labels)}
     return mlo.Evaluation(metrics=metrics, tables=(table,), pictures=pictures)
 
 
@@ -95,7 +113,7 @@ def grid(images: Tensor, labels: Tensor) -> Tensor:
     Images [n, 1 or 3, h, w] in [0, 1]; the lines between them, and images that are missing, are mid-grey.
     """
     channels, height, width = images.shape[1:]
-    rows = min(20, int(labels.max()) + 1)
+    rows = min(ROWS, int(labels.max()) + 1)
     picture = torch.full((rows * (height + 1) + 1, SHOWN * (width + 1) + 1, channels), 128, dtype=torch.uint8)
     shades = (images.detach() * 255).round().clamp(0, 255).to(device="cpu", dtype=torch.uint8).permute(0, 2, 3, 1)
     for c in range(rows):
@@ -110,29 +128,25 @@ def _images(generator: Callable[..., Tensor], labels: Tensor, latent: int, conte
     return generator(z.to(context.device), labels.to(context.device), training=False).cpu()
 
 
-def _real(part: Part, classes: int, most: int, context: mlo.Context) -> tuple[Tensor, Tensor]:
-    """At most so many images of each class, in the part's order, with their labels."""
-    places = torch.cat([torch.nonzero(part.labels == c).squeeze(1)[:most] for c in range(classes)])
+def _real(found: ImageSets, part: Part, label: int, context: mlo.Context) -> Tensor:
+    """The first images of a class, at most as many as are judged, in the part's order."""
+    places = torch.nonzero(part.labels == label).squeeze(1)[:SAMPLES]
+    if len(places) == 0:
+        return torch.empty(0, found.channels, found.size, found.size, dtype=context.dtype)
     chosen = Part(images=part.images, index=part.index[places], labels=part.labels[places], augmented=False)
-    batches = list(in_order(chosen, size=AT_ONCE, device=torch.device("cpu"), dtype=context.dtype))
-    return torch.cat([batch["images"] for batch in batches]), chosen.labels
+    (batch,) = in_order(chosen, size=SAMPLES, device=torch.device("cpu"), dtype=context.dtype)
+    return batch["images"]
+
+
+def _distance(images: Tensor) -> Tensor:
+    """Mean L2 distance between two different images; NaN where there are fewer than two."""
+    return torch.pdist(images.flatten(1)).mean().float()
 
 
 def _shares(seen: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The share in percent of each label's images that are seen as it, [classes]."""
     right = (seen == labels).float()
     return 100 * torch.stack([right[labels == c].mean() for c in range(classes)])
-
-
-def _nearest(images: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
-    """The label whose real images have the mean that is nearest, [n]."""
-    means = torch.stack([real[real_labels == c].flatten(1).mean(0) for c in range(classes)])
-    return torch.cdist(images.flatten(1), means).argmin(1)
-
-
-def _distances(images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean L2 distance between two different images of a class, [classes]; NaN where there are fewer than two."""
-    return torch.stack([torch.pdist(images[labels == c].flatten(1)).mean() for c in range(classes)]).float()
 
 
 def _least(ratios: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Labelled images from disk: `image_sets` splits a set by its name, `stream` draws batches from a part of it."""
 
+from problems.blocks.image_sets._registry import DEVIATION as DEVIATION
+from problems.blocks.image_sets._registry import MEAN as MEAN
 from problems.blocks.image_sets._registry import SETS as SETS
 from problems.blocks.image_sets._registry import ImageSet as ImageSet
 from problems.blocks.image_sets._sets import ImageSets as ImageSets
