@@ -412,3 +412,12 @@ def test_a_class_that_nobody_has_been_taken_for_leaves_fairness_finite():
         (slope,) = torch.autograd.grad(found, strong)
         assert found.abs() < 1e-6  # no sample is taken for it: log n(p̄/h̄) of it is left out
         assert slope.isfinite().all()
+
+
+def test_running_means_keep_the_share_that_decay_says():
+    """λ = 0.9 from 1/2: a tenth of the batch's."""
+    holder = SelfAdaptiveThresholds(classes=2, decay=0.9)
+    holder(logits_of((0.9, 0.1), (0.6, 0.4)))
+    assert holder.confidence.item() == pytest.approx(0.9 * 0.5 + 0.1 * 0.75, rel=1e-14)
+    assert holder.probabilities.tolist() == pytest.approx([0.9 * 0.5 + 0.1 * 0.75, 0.9 * 0.5 + 0.1 * 0.25], rel=1e-14)
+    assert holder.histogram.tolist() == pytest.approx([0.9 * 0.5 + 0.1, 0.9 * 0.5], rel=1e-14)

@@ -318,3 +318,19 @@ def test_colour_images_of_32_pixels_from_files(name: str, tmp_path: Path):
     run = mlo.run(spec, tmp_path / "run", quiet=True)
     assert run.module("generator").size == 32
     assert run.summary["metrics"].keys() == {"validation.variety", "test.variety"}
+
+
+def test_wrong_labels_are_wrong():
+    problem = generation.build(generation.Data(batch_size=500), CONTEXT)
+    offsets = problem.streams["noise"].draw(Draw(0, "noise", 1))["offsets"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert offsets.unique().tolist() == list(range(1, 10))
+
+
+@pytest.mark.parametrize("option", ["rotation", "scale", "shift"])
+def test_a_jitter_is_of_what_the_discriminator_sees_of_real_images(option: str):
+    plain, moved = (
+        generation.build(settings, CONTEXT).streams["train"].draw(Draw(0, "train", 1))  # pyright: ignore[reportAttributeAccessIssue]
+        for settings in (generation.Data(), generation.Data(**{option: 0.3}))
+    )
+    assert torch.equal(plain["labels"], moved["labels"])
+    assert 1e-4 < (plain["images"] - moved["images"]).abs().mean() < 0.2
