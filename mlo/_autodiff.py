@@ -14,8 +14,7 @@ tensors it was taken at: see `is_recorded`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
@@ -32,16 +31,18 @@ if TYPE_CHECKING:
 
 After = TypeVar("After")
 
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_innermost_transform: Callable[[], Any] = _C._functorch.peek_interpreter_stack
+
 
 def inside_transform() -> bool:
     """Whether a `torch.func` transform is active around us."""
-    return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage]
+    return _innermost_transform() is not None
 
 
 def is_traced() -> bool:
     """Whether operations are written down for a compiler, and no number can be looked at."""
-    modes: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.PROXY) is not None
+    return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
 
 
 def refuse_drawing(level: str) -> None:
@@ -76,7 +77,7 @@ def linearise(
         return _linearise_by_transform(function, at)
     if is_recorded(at.values()):
         return _linearise_recorded(function, at)
-    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    leaves = {name: _leaves(tree) for name, tree in at.items()}
     with torch.enable_grad():
         result, after = function(leaves)
 
@@ -91,7 +92,7 @@ def _linearise_recorded(
 ) -> tuple[Tree, After, Callable[..., Upstream]]:
     """Partial derivatives are taken at aliases, so that none runs through the history of another argument."""
     points = {name: _tree.apply(_alias, tree) for name, tree in at.items()}
-    with torch.enable_grad(), _plain_attention():
+    with torch.enable_grad(), _PlainAttention():
         result, after = function(points)
 
     def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
@@ -142,7 +143,7 @@ def pushforward(
         _, push = cast("Any", torch.func.vjp(lambda weights: pull_all(weights)[0], _tree.zeros(result)))
         pushed: Any = push
         return lambda tangents: pushed(dict(tangents))[0]
-    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    leaves = {name: _leaves(tree) for name, tree in at.items()}
     inputs = [(name, leaf) for name, tree in leaves.items() for leaf in _tree.leaves(tree)]
     with torch.enable_grad():
         result = function(leaves)
@@ -177,7 +178,7 @@ def gradients(
         value, after, pull = _linearise_recorded(function, at)
         assert isinstance(value, torch.Tensor)
         return pull(torch.ones_like(value), at), value, after
-    leaves = {name: _tree.apply(_leaf, tree) for name, tree in at.items()}
+    leaves = {name: _leaves(tree) for name, tree in at.items()}
     with torch.enable_grad():
         value, after = function(leaves)
     inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
@@ -280,8 +281,8 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
     if inside_transform():
         value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
-    point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else _leaf(tensor), at)
-    with torch.enable_grad(), _plain_attention():
+    point = _leaves(at, keep=True)
+    with torch.enable_grad(), _PlainAttention():
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
@@ -303,31 +304,46 @@ def _linearise_by_transform(
 
 
 def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]], After]:
-    with _plain_attention():  # the other kernels have no batching rule
+    with _PlainAttention():  # the other kernels have no batching rule
         return cast("Any", torch.func.vjp(function, at, has_aux=True))
 
 
-@contextmanager
-def _plain_attention() -> Generator[None]:
-    """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes four times as long."""
-    kernels = torch.backends.cuda
-    before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
-    formula = kernels.math_sdp_enabled()
-    try:
-        kernels.enable_flash_sdp(False)
-        kernels.enable_mem_efficient_sdp(False)
-        kernels.enable_cudnn_sdp(False)
-        kernels.enable_math_sdp(True)
-        yield
-    finally:
-        kernels.enable_flash_sdp(before[0])
-        kernels.enable_mem_efficient_sdp(before[1])
-        kernels.enable_cudnn_sdp(before[2])
-        kernels.enable_math_sdp(formula)
+@final
+class _PlainAttention:
+    """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes ten times as long."""
+
+    def __enter__(self) -> None:
+        self._before = [is_on() for is_on, _ in _KERNELS]
+        for (_, turn), wanted in zip(_KERNELS, _FORMULA_ALONE, strict=True):
+            turn(wanted)
+
+    def __exit__(self, *exception: object) -> None:
+        for (_, turn), was_on in zip(_KERNELS, self._before, strict=True):
+            turn(was_on)
+
+
+_KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
+    (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
+    (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
+    (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
+)
+"""Of attention: whether each is on, and what turns it on or off."""
+
+_FORMULA_ALONE = (False, False, False, True)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
+
+
+def _leaves(tree: Tree, *, keep: bool = False) -> Tree:
+    """`tree` made of leaves; with `keep`, what has a history or is a leaf already stays as it is."""
+    if not isinstance(tree, (dict, Mapping)):
+        return tree if keep and tree.requires_grad else _leaf(tree)
+    if keep:
+        return {name: t if t.requires_grad else t.detach().requires_grad_() for name, t in tree.items()}
+    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
 
 
 def _alias(tensor: Tensor) -> Tensor:

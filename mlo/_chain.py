@@ -17,6 +17,9 @@ from torch.nn.modules import module as modules
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FUNCTIONS: dict[type[nn.Module], Callable[[Any], Any]] = {nn.Sigmoid: torch.sigmoid, nn.Tanh: torch.tanh}
+"""What these layers do: their own `forward` finds it out at every call."""
+
 _CALL = nn.Module.__call__
 _HOOKS = (
     "_forward_hooks",
@@ -58,8 +61,10 @@ def chain_of(module: nn.Module) -> Chain | None:
             has_bias = layer._parameters["bias"] is not None  # pyright: ignore[reportPrivateUsage]
             name = names[id(layer)]
             links.append((f"{name}weight", f"{name}bias" if has_bias else None))
+        elif type(layer) is nn.ReLU and not layer.inplace:
+            links.append(torch.relu)
         else:
-            links.append(layer.forward)
+            links.append(_FUNCTIONS.get(type(layer), layer.forward))
     return Chain(tuple(links))
 
 

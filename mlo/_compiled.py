@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch.fx.graph import CodeGen
 
-from mlo._engine import Iteration, Plan, step, taken
+from mlo._engine import Iteration, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._flat import Form, flatten, rebuild
+from mlo._plan import Plan
 from mlo._reduction import refuse_compiling
 from mlo._state import Metrics, Norms, State
 from mlo._structure import is_due

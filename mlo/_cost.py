@@ -14,8 +14,8 @@ from mlo._reduction import current_group
 from mlo.hypergradient import Cost as Passes
 
 if TYPE_CHECKING:
-    from mlo._engine import Plan
     from mlo._level import Level
+    from mlo._plan import Plan
 
 
 @final

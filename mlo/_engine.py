@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import isfinite
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -18,12 +18,12 @@ from mlo._autodiff import inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._nest import Below, Nest
 from mlo._objective import Record, options_of, partials
+from mlo._plan import Plan
 from mlo._reading import reads_live
 from mlo._reduction import refuse_nesting
 from mlo._response import Response, respond
 from mlo._state import HYPERGRADIENT, Metrics, Norms, Parts, State, Tally, batch_of
 from mlo._step import Position, Surroundings
-from mlo._structure import depends_on, is_due, nested, reads, response_order, surroundings
 from mlo._sweep import sweep
 from mlo.optimizer import OptimizerState, updated
 
@@ -31,49 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlo._level import Level
-    from mlo._module import Skeleton
     from mlo._types import Tree
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A graph as the engine needs it: levels by name in run order, and the code of their modules."""
-
-    levels: Mapping[str, Level]
-    skeletons: Mapping[str, Skeleton]
-
-    @cached_property
-    def nested(self) -> frozenset[str]:
-        """The levels in the middle: see `mlo._structure.nested`."""
-        return nested(self.levels)
-
-    def differentiated(self, upper: str) -> tuple[str, ...]:
-        """The levels whose responses `upper` differentiates through, each after all that its response depends on."""
-        return self._differentiated[upper]
-
-    def depends_on(self, name: str) -> tuple[str, ...]:
-        """The levels that the response of level `name` depends on."""
-        return self._depends_on[name]
-
-    def surroundings(self, name: str) -> tuple[str, ...]:
-        """The levels whose values a response of level `name` is computed from, itself first."""
-        return self._surroundings[name]
-
-    @cached_property
-    def _differentiated(self) -> dict[str, tuple[str, ...]]:
-        return {name: response_order(level, self.levels) for name, level in self.levels.items()}
-
-    @cached_property
-    def _depends_on(self) -> dict[str, tuple[str, ...]]:
-        return {name: depends_on(level, self.levels) for name, level in self.levels.items()}
-
-    @cached_property
-    def _surroundings(self) -> dict[str, tuple[str, ...]]:
-        return {
-            name: surroundings(level, self.levels) if name in self.nested else reads(level)
-            for name, level in self.levels.items()
-        }
 
 
 @final
@@ -85,6 +43,8 @@ class Iteration:
     begin: State
     batches: Mapping[str, Any]
     now: dict[str, Position]
+    begun: Mapping[str, Position]
+    """Where each level stood when the iteration began."""
     tally: Tally = field(default_factory=Tally)
     losses: dict[str, tuple[Tensor, ...]] = field(default_factory=dict[str, "tuple[Tensor, ...]"])
     measured: dict[str, tuple[Mapping[str, Tensor], ...]] = field(
@@ -98,7 +58,7 @@ class Iteration:
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
         """An iteration that has not begun."""
         now = {name: position(state, name) for name in plan.levels}
-        return cls(plan, state, batches, now, Tally(recalled=state.memory))
+        return cls(plan, state, batches, now, dict(now), Tally(recalled=state.memory))
 
     @property
     def number(self) -> int:
@@ -114,14 +74,14 @@ class Iteration:
         """The response of level `name`, from where it stood when the iteration began, to the others as they stand now."""
         level = self.plan.levels[name]
         values, buffers = self._seen_by(level)
-        live = set(live)
-        towards = tuple(read for read in self.plan.depends_on(name) if read in live)
+        live = frozenset(live)
+        towards = tuple([read for read in self.plan.depends_on(name) if read in live])
         nest = self._nest(level) if name in self.plan.nested else None
         around = Surroundings(self.plan.skeletons, values, buffers, towards, self.tally, nest)
-        return respond(level, position(self.begin, name), around, self._records(level), steps=level.steps)
+        return respond(level, self.begun[name], around, self._records(level), steps=level.steps)
 
     def _records(self, level: Level) -> tuple[Record, ...]:
-        return tuple(self.record(level.name, step) for step in range(max(1, level.steps)))
+        return tuple([self.record(level.name, step) for step in range(max(1, level.steps))])
 
     def _nest(self, level: Level) -> Nest:
         """The levels below one in the middle, each as it stood when the iteration began.
@@ -137,9 +97,9 @@ class Iteration:
         below: list[Below] = []
         for name in self.plan.differentiated(level.name):
             lower = self.plan.levels[name]
-            opponents = {opponent: position(self.begin, opponent) for opponent in lower.against}
+            opponents = {opponent: self.begun[opponent] for opponent in lower.against}
             inner = self._nest(lower) if self.plan.differentiated(name) else None
-            start = position(self.begin, name)
+            start = self.begun[name]
             below.append(Below(lower, start, self.plan.depends_on(name), opponents, self._records(lower), inner))
         return Nest(level, self.plan.skeletons, below)
 
@@ -192,12 +152,13 @@ class Iteration:
         before = self._last_hypergradient(name)
         for step in range(level.steps):
             if step:
-                self.now.update({upper: position(self.begin, upper) for upper in moved})
+                self.now.update({upper: self.begun[upper] for upper in moved})
                 responses = self.respond_below(name, live)
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
             at = self.now[name]
-            options = options_of(level, self.plan.skeletons, self._seen_by(level)[0])
+            read = level.read_by_optimizer
+            options = options_of(level, self.plan.skeletons, self._seen_by(level)[0]) if read else None
             variables, optimizer = updated(
                 level.optimizer, self.number, parts.total, at.optimizer, at.variables, options
             )
@@ -260,7 +221,8 @@ class Iteration:
     def _seen_by(self, level: Level) -> tuple[dict[str, Tree], dict[str, Mapping[str, Tensor]]]:
         """Values and buffers as `level` sees them: its opponents as they stood when the iteration began."""
         seen = {name: self.now[name] for name in self.plan.surroundings(level.name)}
-        seen |= {name: position(self.begin, name) for name in level.against}
+        for name in level.against:
+            seen[name] = self.begun[name]
         return {name: at.variables for name, at in seen.items()}, {name: at.buffers for name, at in seen.items()}
 
     def finish(self) -> tuple[State, Metrics]:
@@ -303,13 +265,17 @@ class Iteration:
         if inside_transform() or is_traced() or not self.numbers:
             return
         numbers = [number for *_, number in self.numbers]
-        if all(number.is_cpu for number in numbers):  # one by one, without an operation: nothing has to be waited for
-            if all(isfinite(number.item()) for number in numbers):
+        if all(map(_IS_CPU, numbers)):  # one by one, without an operation: nothing has to be waited for
+            if all(map(isfinite, [number.item() for number in numbers])):
                 return
         elif bool(_in_one(numbers).isfinite().all()):
             return
         level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
         raise NumericalError(level=level, step=step, term=term, iteration=self.number)
+
+
+_UNMOVED = OptimizerState()
+_IS_CPU, _REQUIRES_GRAD = attrgetter("is_cpu"), attrgetter("requires_grad")
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -326,9 +292,9 @@ def _in_one(numbers: Sequence[Tensor]) -> Tensor:
 def position(state: State, name: str) -> Position:
     """Where level `name` stands in `state`."""
     variables = state.values[name]
-    if not inside_transform() and any(tensor.requires_grad for tensor in _tree.leaves(variables)):
+    if not inside_transform() and any(map(_REQUIRES_GRAD, _tree.leaves(variables))):
         variables = _tree.detach(variables)
-    return Position(variables, state.buffers.get(name, {}), state.optimizers.get(name, OptimizerState()))
+    return Position(variables, state.buffers.get(name, {}), state.optimizers.get(name, _UNMOVED))
 
 
 def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
@@ -339,23 +305,18 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, M
 def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
     """`step`, before its numbers are looked at."""
     inside = Iteration.of(plan, state, batches)
-    due = [name for name, level in plan.levels.items() if is_due(level, inside.number)]
-    uppers = [name for name in due if plan.differentiated(name) and name not in plan.nested]
-    inner = {lower for name in due if name in plan.nested for lower in plan.differentiated(name)}  # taken anew above
-    for place, name in enumerate(due):  # but not before these need them
-        if name in uppers and any(later in plan.nested for later in due[place:]):
-            inner -= set(plan.differentiated(name))
-    live = {name for upper in uppers for name in (upper, *plan.differentiated(upper))}
-    pulled = {name for upper in uppers for name in plan.differentiated(upper)}
+    agenda = plan.agenda(inside.number)
     responses: dict[str, Response] = {}
     try:
-        for name in due:
-            if name in uppers:
+        for name in agenda.due:
+            if name in agenda.uppers:
                 below = {lower: responses[lower] for lower in plan.differentiated(name)}
-                inside.ascend(name, below, live)
+                inside.ascend(name, below, agenda.live)
             else:
-                responses |= inside.descend(name, pulled - inner if name in inner else pulled, live)
-        inside.look_ahead(name for name in uppers if plan.levels[name].lookahead)
+                pulled = agenda.pulled - agenda.inner if name in agenda.inner else agenda.pulled
+                responses |= inside.descend(name, pulled, agenda.live)
+        if agenda.ahead:
+            inside.look_ahead(agenda.ahead)
     except Exception:
         inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
         raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -18,6 +18,7 @@ from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
+from mlo._plan import Plan
 from mlo._reduction import current_group, reduction_of, refuse_batch_objective, refuse_nesting
 from mlo._state import Metrics, Parts, State
 from mlo.optimizer import initial, options_read
@@ -69,7 +70,7 @@ class Graph:
             for name, level in self.levels.items()
             if level.constraints or isinstance(level.variables, nn.Module)
         }
-        self._plan = _engine.Plan(self.levels, skeletons)
+        self._plan = Plan(self.levels, skeletons)
         self._compiler = Compiler(self._plan, compiler() if compile is True else compile) if compile else None
 
     @property
@@ -119,7 +120,7 @@ class Graph:
         Raises `NumericalError` for a loss or a part of a hypergradient that is not finite; `GraphError` for a level that
         turns out to be disconnected.
         """
-        with _undisturbed():
+        with _Undisturbed():
             if self._compiler is not None and not inside_transform():
                 return self._compiler.step(state, self._checked(batches))
             return _engine.step(self._plan, state, self._checked(batches))
@@ -138,7 +139,7 @@ class Graph:
             raise UserError(f"no level named '{name}'.{nearest(name, self.levels)}")
         if self.levels[name].objective is None:
             raise UserError(f"level '{name}' is a constant: it has no objective to differentiate")
-        with _undisturbed():
+        with _Undisturbed():
             return _engine.parts(self._plan, name, state, self._checked(batches))
 
     def probe(self, state: State, batches: Mapping[str, Any] | None = None) -> None:
@@ -147,7 +148,7 @@ class Graph:
         Raises `GraphError` with every level that is listed and not read, or whose response does not reach back.
         """
         mistakes: list[Mistake] = []
-        with _undisturbed():
+        with _Undisturbed():
             for name, level in self.levels.items():
                 try:
                     if self._plan.differentiated(name):
@@ -160,7 +161,7 @@ class Graph:
         if mistakes:
             raise GraphError(mistakes)
         if self._compiler is not None:
-            with _undisturbed():
+            with _Undisturbed():
                 self._compiler.refuse(state, self._checked(batches))
 
     def cost(self, iterations: int) -> Cost:
@@ -215,18 +216,28 @@ class Graph:
                 refuse_nesting(name)
 
 
-def plan_of(graph: Graph) -> _engine.Plan:
+def plan_of(graph: Graph) -> Plan:
     """What the engine is given of `graph`."""
     return graph._plan  # pyright: ignore[reportPrivateUsage]
 
 
-@contextmanager
-def _undisturbed() -> Generator[None]:
+@final
+class _Undisturbed:
     """Torch's global RNG is left as it was found, and nothing is recorded but what the engine records itself."""
-    if torch.is_inference_mode_enabled():
-        raise UserError("nothing can be differentiated inside torch.inference_mode(); torch.no_grad() is no obstacle")
-    with _random.preserved(), nullcontext() if inside_transform() else torch.no_grad():
-        yield
+
+    def __enter__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise UserError(
+                "nothing can be differentiated inside torch.inference_mode(); torch.no_grad() is no obstacle"
+            )
+        self._generators = _random.Preserved()
+        self._generators.__enter__()
+        self._recording = nullcontext() if inside_transform() else torch.no_grad()
+        self._recording.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._recording.__exit__(None, None, None)
+        self._generators.__exit__()
 
 
 def objections(levels: Mapping[str, Level], *, compiling: bool = False) -> list[Mistake]:

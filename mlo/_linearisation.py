@@ -58,7 +58,9 @@ class Linearisation(AbstractLinearisation):
         self._level, self._around, self._at, self._last = level, around, at, last
         assert level.optimizer is not None
         options = options_of(level, around.skeletons, around.values)
-        self._decays = l2_decays(level.optimizer, record.iteration, at.variables, options)
+        decays = l2_decays(level.optimizer, record.iteration, at.variables, options)
+        self._decays = {name: 0.0 if decay is None else decay for name, decay in decays.items()}
+        self._decays_any = not all(map(is_zero, self._decays.values()))
         self._looks = 0
         self._recorded = is_recorded((at.variables, *around.values.values()))
         buffers = {**around.buffers, level.name: at.buffers}
@@ -107,10 +109,9 @@ class Linearisation(AbstractLinearisation):
         """With what the L2 decay of the optimizer adds to `image`, which is None where f is linear in the variables."""
         if image is None:
             image = _tree.zeros(direction)
-        found = [self._decays[key] for key in (direction if isinstance(direction, Mapping) else ("",))]
-        decays = [0.0 if decay is None else decay for decay in found]
-        if all(is_zero(decay) for decay in decays):
+        if not self._decays_any:
             return image
+        decays = [self._decays[key] for key in _tree.named(direction)]
         pairs = zip(_tree.leaves(image), _tree.leaves(direction), decays, strict=True)
         return _tree.rebuild(direction, [add(one, two, scale=decay) for one, two, decay in pairs])
 

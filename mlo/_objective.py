@@ -197,8 +197,8 @@ def evaluate(
     if not isinstance(measured, (dict, Mapping)):
         raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
     own = views[level.name]
-    kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if isinstance(own, ModuleVariables) else {}
-    seen = {name: _measurement(level, name, value) for name, value in measured.items()}
+    kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if type(own) is ModuleVariables else {}
+    seen = {name: _measurement(level, name, value) for name, value in measured.items()} if measured else {}
     if visible.shares:
         _SHARING.add(level)
     return loss, Aftermath(seen, kept, visible.choices)
@@ -264,7 +264,7 @@ def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton |
     value = skeleton.constrained(value)
     if not skeleton.runs:
         return value
-    assert isinstance(value, Mapping)
+    assert isinstance(value, (dict, Mapping))
     return ModuleVariables(skeleton, value, buffers or {})
 
 

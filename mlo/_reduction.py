@@ -91,6 +91,7 @@ class _Processes(AbstractGroup):
         return numbers
 
 
+_AVAILABLE = distributed.is_available()
 _PROCESSES = _Processes()
 _local = threading.local()
 
@@ -110,7 +111,7 @@ def current_group() -> AbstractGroup | None:
     group = getattr(_local, "group", None)
     if group is not None:
         return group
-    started = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    started = _AVAILABLE and distributed.is_initialized() and distributed.get_world_size() > 1
     return _PROCESSES if started else None
 
 

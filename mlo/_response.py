@@ -151,7 +151,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
             if kept.maxlen == 1:
                 kept.clear()  # and its gradient, before there is another
             elif kept:
-                kept[-1] = replace(kept[-1], gradient=None)
+                kept[-1] = kept[-1].without_gradient()
             position, last, loss, aftermath = take(
                 level, position, fixed, record, compared=tape.compared and number == steps - 1
             )

@@ -106,6 +106,10 @@ class Step(AbstractStep):
     gradient: Tree | None
     shared: Shared | None = None
 
+    def without_gradient(self) -> Step:
+        """The same, with nothing kept that can be evaluated again."""
+        return Step(self.level, self.around, self.at, self.record, None)
+
     @property
     def start(self) -> Tree:
         """See `AbstractStep`."""

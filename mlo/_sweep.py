@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from mlo import _tree
@@ -37,8 +38,7 @@ def sweep(
     for unit in _units(upper, responses):
         name = "+".join(unit)
         members = [responses[player] for player in unit]
-        live = {read for member in members for read in member.around.live} - set(unit)
-        if not arrived.keys() & set(unit):
+        if arrived.keys().isdisjoint(unit):
             if any(set(unit) & set(responses[reader].around.live) for reader in idle):
                 idle.update(unit)
                 continue
@@ -46,7 +46,7 @@ def sweep(
                 continue  # what it reaches was asked for before, and found
             reason = f"'{unit[0]}' is read neither by the objective nor by another level that is listed"
             raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
-        if not live and upper not in targets:
+        if upper not in targets and not {read for member in members for read in member.around.live} - set(unit):
             continue
         if tally is not None:
             tally.pullbacks += [(upper, player) for player in unit]
@@ -80,10 +80,15 @@ def _pulled(unit: tuple[str, ...], responses: Mapping[str, Response], arrived: M
     return method.pullback(JointResponse(players), joined(weights))
 
 
+_IS_JOINT = attrgetter("level.is_joint")
+
+
 def _units(upper: str, responses: Mapping[str, Response]) -> list[tuple[str, ...]]:
     """The responses in the order of the sweep; the players of a game that are pulled back together are one unit."""
+    waiting = list(responses)[::-1]
+    if not any(map(_IS_JOINT, responses.values())):
+        return [(name,) for name in waiting]
     unit_of = {name: _players(name, responses) for name in responses}
-    waiting = list(reversed(list(responses)))
     if all(len(unit) == 1 for unit in unit_of.values()):
         return [(name,) for name in waiting]
     found: list[tuple[str, ...]] = []

@@ -116,7 +116,7 @@ def alike(tree: Tree, other: Tree) -> bool:
 
 def size(tree: Tree) -> int:
     """How many numbers `tree` holds."""
-    return sum(tensor.numel() for tensor in leaves(tree))
+    return sum([tensor.numel() for tensor in leaves(tree)])
 
 
 def total(trees: Iterable[Tree]) -> Tree:

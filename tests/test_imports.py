@@ -24,7 +24,7 @@ LAYERS = [
     {"mlo._chain", "mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
     {"mlo._level", "mlo._reading", "mlo._state"},
-    {"mlo._flat", "mlo._objective"},
+    {"mlo._flat", "mlo._objective", "mlo._plan"},
     {"mlo._step"},
     {"mlo._chunks"},
     {"mlo._linearisation", "mlo._retaken", "mlo._tangent"},

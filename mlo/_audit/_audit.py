@@ -136,7 +136,7 @@ def _audited(
     if not uppers:
         raise UserError(f"{name}: no level is subject to another, so there is no hypergradient to audit")
     some = _tree.leaves(state.values[plan.differentiated(uppers[0])[0]])[0]
-    with _random.preserved(), torch.no_grad():
+    with _random.Preserved(), torch.no_grad():
         levels = [each for upper in uppers for each in audit_below(scenes(upper), options)]
     return Audit(
         name=name,

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from mlo._engine import Iteration, Plan
+from mlo._engine import Iteration
 from mlo._errors import MloError
 from mlo._linearisation import Linearisation
+from mlo._plan import Plan
 from mlo._state import Parts, State, Tally
 from mlo.hypergradient import FirstOrder
 

@@ -80,7 +80,7 @@ def _judged(
     settings = assembly.spec.evaluation
     model = settings.model if settings and settings.model else assembly.graph.order
     values = assembly.graph.values(state)
-    with _random.preserved(), torch.no_grad():
+    with _random.Preserved(), torch.no_grad():
         _random.reseed(_random.key(state.seed, "evaluation", split))
         return judge(values, split, model=model, totals=totals, complete=complete)
 

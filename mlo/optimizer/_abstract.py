@@ -99,7 +99,7 @@ def member(optimizer: AbstractOptimizer, pattern: str) -> AbstractOptimizer:
 
 def plain(option: Option) -> Setting:
     """An option of an optimizer that was made for an iteration: none of them is a schedule any more, or to be read."""
-    if isinstance(option, AbstractSchedule | Read):
+    if not isinstance(option, (float, int)) and isinstance(option, AbstractSchedule | Read):
         raise TypeError(
             "an optimizer with schedules, or with options that are read, takes steps through mlo.optimizer.updated, which "
             "knows the iteration and the levels"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Some = TypeVar("Some", bound=AbstractOptimizer)
 
-_NO_SCHEDULES = frozenset({float, int, bool, type(None)})
+_PLAIN = frozenset({float, int, bool, type(None)})
+"""The types of options that are neither schedules nor read. Asking whether an option is one of these is slow."""
 
 
 def initial(optimizer: AbstractOptimizer, parameters: Tree) -> OptimizerState:
@@ -47,6 +48,8 @@ def updated(
     weight decay is added to what is left of it. Differentiable in all trees. Where an optimizer has neither schedules nor
     clipping nor groups and reads nothing, this is its `update`.
     """
+    if _is_plain(optimizer) and optimizer.clip_value is None and optimizer.clip_norm is None:
+        return optimizer.update(gradient, state, parameters)
     now = at(optimizer, iteration)
     if now.clip_value is not None:
         gradient = _cut(gradient, _one(now.clip_value, read))
@@ -71,12 +74,17 @@ def updated(
 
 def at(optimizer: Some, iteration: int) -> Some:
     """`optimizer` with the numbers that its schedules give at `iteration`; itself if it has none."""
-    numbers = {  # what is a number is told by its type: asking whether it is a schedule is slow
-        name: option(iteration)
-        for name, option in vars(optimizer).items()
-        if type(option) not in _NO_SCHEDULES and isinstance(option, AbstractSchedule)
+    if _is_plain(optimizer):
+        return optimizer
+    numbers = {
+        name: option(iteration) for name, option in vars(optimizer).items() if isinstance(option, AbstractSchedule)
     }
     return _with(optimizer, numbers)
+
+
+def _is_plain(optimizer: AbstractOptimizer) -> bool:
+    """Whether it has neither schedules nor groups and reads nothing: it is the same at every iteration."""
+    return _PLAIN.issuperset(map(type, vars(optimizer).values()))
 
 
 def l2_decays(

@@ -227,7 +227,7 @@ def _level(
     if len(faults) > before or variables is None:
         return None
     try:
-        with _random.preserved():
+        with _random.Preserved():
             _random.reseed(_random.key(context.seed, "variables", level.name))
             made = variables()
     except (ValueError, UserError) as error:  # what a builder says of its own options

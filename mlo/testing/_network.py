@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlo._level import Level
-from mlo._random import preserved, reseed
+from mlo._random import Preserved, reseed
 from mlo.optimizer import SGD
 from mlo.testing._closed_form import UPPER
 from mlo.testing._families import normal
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 def network(seed: int) -> Network:
     """A network of float64, the same for the same seed."""
-    with preserved():
+    with Preserved():
         reseed(seed)
         return Network().double()
 
