@@ -12,7 +12,6 @@ of what that says of labelled images (P-SSL); and one that lists no `foundation`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlo
+from problems.blocks.asked_for import SHOWN, asked_for, label_entropies, labelled_in_turn, likeliest_labels
 from problems.blocks.consistency import (
     Targets,
     WithThresholds,
@@ -44,11 +44,11 @@ from problems.blocks.consistency import (
 from problems.blocks.foundation import foundation_images, foundation_set
 from problems.blocks.generators import generators_for, grid
 from problems.blocks.held_out import HeldOut
-from problems.blocks.image_sets import ImageSets, ImageSettings, Part, in_order, stream
+from problems.blocks.image_sets import ImageSets, ImageSettings, Part, stream
 from problems.blocks.networks import divided, networks_for
 from problems.blocks.pictures import heat_map
-from problems.blocks.samplers import Form, entropies, gumbel_noise, mapper_and_converter
-from problems.blocks.samples import FEWER, SAMPLES, Samples, sample_labels, samples_table
+from problems.blocks.samplers import Form, gumbel_noise, mapper_and_converter
+from problems.blocks.samples import FEWER, SAMPLES, samples_table
 from problems.blocks.streams import WhenDrawn, in_dtype
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -354,9 +354,8 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         synthetic: Tensor | None = None
         if "foundation" in values and (complete or held_out.digits is not None):
             digits = held_out.digits
-            count = FEWER if digits is None else SAMPLES
-            real = _first(found, count, context)
-            samples, shown = _samples(values, real, settings, context)
+            real = labelled_in_turn(found, FEWER if digits is None else SAMPLES, context)
+            samples, shown = asked_for(values, real, settings.foundation_labels, settings.latent, context)
             features = partial(network, part="features", training=False)
             metrics |= {
                 f"{name}_gap": paired_gap(features(real["images"]), features(each.images)).item()
@@ -370,84 +369,14 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
                 synthetic = features([*samples.values()][-1].images)
         if "sampler" in values:
             table = values["sampler"]["converter.table"]
-            metrics |= _spread(table)
+            metrics |= label_entropies(table)
             if complete:
-                tables.append(_likeliest(table))
+                tables.append(likeliest_labels(table))
                 pictures["labels"] = heat_map(table.softmax(1))
         if complete:
-            real = _first(found, min(len(found.train), SAMPLES), context)
-            pictures["real"] = grid(real["images"], real["labels"].cpu())
+            few = labelled_in_turn(found, SHOWN, context, again=False)
+            pictures["real"] = grid(few["images"], few["rows"].cpu())
             pictures["features"], metrics["features_in_plane"] = held_out.features(network, synthetic)
         return mlo.Evaluation(metrics=metrics, tables=tuple(tables), pictures=pictures)
 
     return evaluate
-
-
-def _first(found: ImageSets, count: int, context: mlo.Context) -> dict[str, Tensor]:
-    """`count` labelled images, class by class in turn, over again where there are fewer."""
-    part = found.train
-    chosen = _in_turn(part.labels, found.classes)[torch.arange(count) % len(part)]
-    taken = replace(part, index=part.index[chosen], labels=part.labels[chosen])
-    batches = list(in_order(taken, size=count, device=context.device, dtype=context.dtype))
-    return batches[0]
-
-
-def _in_turn(labels: Tensor, classes: int) -> Tensor:
-    """Places of all `labels`, ordered so that classes alternate as long as they last."""
-    rank = torch.zeros_like(labels)
-    for c in range(classes):
-        members = torch.nonzero(labels == c).squeeze(1)
-        rank[members] = torch.arange(len(members))
-    return torch.argsort(rank * classes + labels)
-
-
-def _samples(
-    values: Mapping[str, Any], real: Mapping[str, Tensor], settings: Data, context: mlo.Context
-) -> tuple[dict[str, Samples], dict[str, Tensor]]:
-    """Images from the prior, and as a sampler or P-SSL asks for them, of the same latents; and the label each shows.
-
-    - `uniform`: of all foundation labels in turn.
-    - `found`: of a sampler, for the classes of `real`.
-    - `pseudo`: of what a foundation classifier says of `real`.
-    """
-    count, labels = len(real["labels"]), settings.foundation_labels
-    z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
-    gumbel = gumbel_noise(count, labels, generator=torch.default_generator, dtype=context.dtype).to(context.device)
-    uniform = sample_labels(count, classes=labels, device=context.device)
-    ways = {"uniform": (z, uniform)}
-    if "sampler" in values:
-        ways["found"] = values["sampler"](z, real["labels"], gumbel, training=False)
-    if "foundation_classifier" in values:
-        ways["pseudo"] = z, values["foundation_classifier"](real["images"], training=False).softmax(1)
-    samples = {
-        name: Samples(
-            latents=latents,
-            images=values["foundation"](latents, wanted, training=False),
-            labels=None if name == "uniform" else real["labels"],
-            moved=(latents - z).abs().mean().item(),
-        )
-        for name, (latents, wanted) in ways.items()
-    }
-    return samples, {name: uniform.cpu() if name == "uniform" else real["labels"].cpu() for name in samples}
-
-
-def _spread(table: Tensor) -> dict[str, float]:
-    """The entropy of each class's labels in nats, of the first ten classes, and the mean over all of them."""
-    found = entropies(table)
-    each = {f"label_entropy.{c}": entropy for c, entropy in enumerate(found[:10].tolist())}
-    return {"label_entropy": found.mean().item(), **each}
-
-
-def _likeliest(table: Tensor, *, labels: int = 3) -> mlo.Table:
-    """What each of the first twenty classes asks the foundation for, most often."""
-    top = table.softmax(1).topk(min(labels, table.shape[1]))
-    rows = tuple(
-        (
-            str(c),
-            entropies(table)[c].item(),
-            *(f"{label} ({100 * share:.0f} %)" for share, label in zip(*pair, strict=True)),
-        )
-        for c, pair in enumerate(zip(top.values[:20].tolist(), top.indices[:20].tolist(), strict=True))
-    )
-    places = ("likeliest", "second", "third")[: top.indices.shape[1]]
-    return mlo.Table(title="Foundation labels of each class", columns=("class", "entropy", *places), rows=rows)
