@@ -85,6 +85,7 @@ class Data(ImageSettings):
     - `shift`, `flip`: T_w moves an image by up to so many pixels each way, an eighth of its side if not given, and mirrors
       it or does not. Digits must not be mirrored.
     - `strongest`: the largest magnitude of T_s's operations, in [0, 1]: `problems.blocks.augmentation`.
+    - `threshold_decay`: λ of FreeMatch's running means, which start at 1/classes: short runs need a shorter memory.
     """
 
     foundation_labels: int = 20
@@ -94,6 +95,7 @@ class Data(ImageSettings):
     shift: int | None = None
     flip: bool = False
     strongest: float = 1.0
+    threshold_decay: float = 0.999
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
@@ -105,6 +107,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
     if settings.shift is not None and settings.shift < 0:
         raise ValueError(f"shift is {settings.shift}; it is a number of pixels, 0 or more")
+    if not 0 <= settings.threshold_decay < 1:
+        raise ValueError(f"threshold_decay is {settings.threshold_decay}; it must be at least 0 and below 1")
     if settings.foundation_labels < 2:
         raise ValueError(
             f"foundation_labels is {settings.foundation_labels}; a label converter chooses among at least 2"
@@ -113,7 +117,9 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     of_foundation = networks_for(found, outputs=settings.foundation_labels)
     return mlo.Problem(
         variables={
-            **{name: _with_thresholds(make, classes=found.classes) for name, make in networks.items()},
+            **{
+                name: _with_thresholds(make, found.classes, settings.threshold_decay) for name, make in networks.items()
+            },
             **{f"{name}_foundation": make for name, make in of_foundation.items()},
             **generators_for(found, latent=settings.latent, labels=settings.foundation_labels),
             "mapper_and_converter": _sampler(settings, found.classes),
@@ -245,12 +251,12 @@ def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tenso
     return unsupervised, targets.kept.mean()
 
 
-def _with_thresholds(make: Variables, *, classes: int) -> Variables:
+def _with_thresholds(make: Variables, classes: int, decay: float) -> Variables:
     """The network that `make` makes, cut before its last layer, with FreeMatch's thresholds beside it."""
 
     @wraps(make)
     def classifier(**options: Any) -> nn.Module:
-        return WithThresholds(divided(make)(**options), classes=classes)
+        return WithThresholds(divided(make)(**options), classes=classes, decay=decay)
 
     return classifier
 

@@ -549,6 +549,7 @@ def test_an_oracle_without_unlabelled_images_is_told_so() -> None:
     [
         ("data.foundation_labels=1", "foundation_labels is 1; a label converter chooses among at least 2"),
         ("data.strongest=1.5", "strongest is 1.5; magnitudes lie in"),
+        ("data.threshold_decay=1.0", "threshold_decay is 1.0; it must be at least 0 and below 1"),
         ("data.shift=-1", "shift is -1; it is a number of pixels"),
         ("data.validation=0.0", "validation is 0.0; it leaves no image"),
     ],
