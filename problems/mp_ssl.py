@@ -66,9 +66,6 @@ GAPS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 OF_FEATURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"scr": scr, "l1": l1, "l2": l2, "smooth_l1": smooth_l1}
 """Unsupervised losses of the features of two views (Eq. 13, Table 6); the others are of logits."""
 
-FAIRNESS = 0.05
-"""w_f of FreeMatch, as in its paper."""
-
 
 class Data(ImageSettings):
     """Which images, how they are divided, and the size of the batches.
@@ -149,7 +146,7 @@ def foundation_classification(values: mlo.Values, batch: Batch) -> tuple[Tensor,
 
 @mlo.reduction("batch")  # FreeMatch has thresholds of the batch
 def semi_supervised(
-    values: mlo.Values, batch: Batch, *, weight: float = 1.0, loss: Loss = "scr"
+    values: mlo.Values, batch: Batch, *, weight: float = 1.0, loss: Loss = "scr", fairness_weight: float = 0.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L(θ) + λ L_u(θ, φ, ξ), Eqs. 1–3 and 9, both terms as means over their images.
 
@@ -159,6 +156,7 @@ def semi_supervised(
     - `weight`: λ.
     - `loss`: of features `scr`, 1 − cos (Eq. 13), or `l1`, `l2`, `smooth_l1` (Table 6); of logits `uda`, `fixmatch` or
       `freematch`, with what is said of T_w(x_u) as a target that is held fixed.
+    - `fairness_weight`: w_f, of FreeMatch alone; its paper has 0.05.
     """
     train, noise, network = batch["train"], batch["noise"], values["classifier"]
     images = unlabelled(values, batch)
@@ -171,7 +169,7 @@ def semi_supervised(
         measured: dict[str, Tensor] = {}
     else:
         logits = [network(each, part="head") for each in (on_weak, on_strong)]
-        unsupervised, kept = _of_logits(loss, values, *logits)
+        unsupervised, kept = _of_logits(loss, values, *logits, fairness_weight=fairness_weight)
         measured = {"kept": kept}
     return real + weight * unsupervised, {"real_loss": real, "unsupervised_loss": unsupervised, **measured}
 
@@ -238,7 +236,9 @@ def asked(values: mlo.Values, batch: Batch) -> tuple[Tensor, Tensor]:
     return noise["z"], noise["labels"]
 
 
-def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tensor) -> tuple[Tensor, Tensor]:
+def _of_logits(
+    loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tensor, *, fairness_weight: float
+) -> tuple[Tensor, Tensor]:
     """A loss of pseudo labels, and the share of images that count. Targets and thresholds are chosen once a step."""
     if loss != "freematch":
         choose = uda_targets if loss == "uda" else fixmatch_targets
@@ -247,7 +247,9 @@ def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tenso
     current = values["classifier"](thresholds_of=on_weak)  # in every evaluation: it is what moves the running means
     thresholds = values.once("thresholds", lambda: current)
     targets = values.once("targets", lambda: freematch_targets(on_weak, thresholds))
-    unsupervised = matched(targets, on_strong) + FAIRNESS * fairness(targets, on_strong, thresholds)
+    unsupervised = matched(targets, on_strong)
+    if fairness_weight:
+        unsupervised = unsupervised + fairness_weight * fairness(targets, on_strong, thresholds)
     return unsupervised, targets.kept.mean()
 
 
