@@ -12,7 +12,6 @@ of what that says of labelled images (P-SSL); and one that lists no `foundation`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlo
+from problems.blocks.asked_for import SHOWN, asked_for, label_entropies, labelled_in_turn, likeliest_labels
 from problems.blocks.consistency import (
     Targets,
     WithThresholds,
@@ -44,11 +44,11 @@ from problems.blocks.consistency import (
 from problems.blocks.foundation import foundation_images, foundation_set
 from problems.blocks.generators import generators_for, grid
 from problems.blocks.held_out import HeldOut
-from problems.blocks.image_sets import ImageSets, ImageSettings, Part, in_order, stream
+from problems.blocks.image_sets import ImageSets, ImageSettings, Part, stream
 from problems.blocks.networks import divided, networks_for
 from problems.blocks.pictures import heat_map
-from problems.blocks.samplers import Form, entropies, gumbel_noise, mapper_and_converter
-from problems.blocks.samples import FEWER, SAMPLES, Samples, sample_labels, samples_table
+from problems.blocks.samplers import Form, gumbel_noise, mapper_and_converter
+from problems.blocks.samples import FEWER, SAMPLES, samples_table
 from problems.blocks.streams import WhenDrawn, in_dtype
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -66,9 +66,6 @@ GAPS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 OF_FEATURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"scr": scr, "l1": l1, "l2": l2, "smooth_l1": smooth_l1}
 """Unsupervised losses of the features of two views (Eq. 13, Table 6); the others are of logits."""
 
-FAIRNESS = 0.05
-"""w_f of FreeMatch, as in its paper."""
-
 
 class Data(ImageSettings):
     """Which images, how they are divided, and the size of the batches.
@@ -85,6 +82,7 @@ class Data(ImageSettings):
     - `shift`, `flip`: T_w moves an image by up to so many pixels each way, an eighth of its side if not given, and mirrors
       it or does not. Digits must not be mirrored.
     - `strongest`: the largest magnitude of T_s's operations, in [0, 1]: `problems.blocks.augmentation`.
+    - `threshold_decay`: λ of FreeMatch's running means, which start at 1/classes: short runs need a shorter memory.
     """
 
     foundation_labels: int = 20
@@ -94,6 +92,7 @@ class Data(ImageSettings):
     shift: int | None = None
     flip: bool = False
     strongest: float = 1.0
+    threshold_decay: float = 0.999
 
 
 def build(settings: Data, context: mlo.Context) -> mlo.Problem:
@@ -105,6 +104,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
         raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
     if settings.shift is not None and settings.shift < 0:
         raise ValueError(f"shift is {settings.shift}; it is a number of pixels, 0 or more")
+    if not 0 <= settings.threshold_decay < 1:
+        raise ValueError(f"threshold_decay is {settings.threshold_decay}; it must be at least 0 and below 1")
     if settings.foundation_labels < 2:
         raise ValueError(
             f"foundation_labels is {settings.foundation_labels}; a label converter chooses among at least 2"
@@ -113,7 +114,9 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     of_foundation = networks_for(found, outputs=settings.foundation_labels)
     return mlo.Problem(
         variables={
-            **{name: _with_thresholds(make, classes=found.classes) for name, make in networks.items()},
+            **{
+                name: _with_thresholds(make, found.classes, settings.threshold_decay) for name, make in networks.items()
+            },
             **{f"{name}_foundation": make for name, make in of_foundation.items()},
             **generators_for(found, latent=settings.latent, labels=settings.foundation_labels),
             "mapper_and_converter": _sampler(settings, found.classes),
@@ -143,7 +146,7 @@ def foundation_classification(values: mlo.Values, batch: Batch) -> tuple[Tensor,
 
 @mlo.reduction("batch")  # FreeMatch has thresholds of the batch
 def semi_supervised(
-    values: mlo.Values, batch: Batch, *, weight: float = 1.0, loss: Loss = "scr"
+    values: mlo.Values, batch: Batch, *, weight: float = 1.0, loss: Loss = "scr", fairness_weight: float = 0.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L(θ) + λ L_u(θ, φ, ξ), Eqs. 1–3 and 9, both terms as means over their images.
 
@@ -153,6 +156,7 @@ def semi_supervised(
     - `weight`: λ.
     - `loss`: of features `scr`, 1 − cos (Eq. 13), or `l1`, `l2`, `smooth_l1` (Table 6); of logits `uda`, `fixmatch` or
       `freematch`, with what is said of T_w(x_u) as a target that is held fixed.
+    - `fairness_weight`: w_f, of FreeMatch alone; its paper has 0.05.
     """
     train, noise, network = batch["train"], batch["noise"], values["classifier"]
 
@@ -169,7 +173,7 @@ def semi_supervised(
         measured: dict[str, Tensor] = {}
     else:
         logits = [network(each, part="head") for each in (on_weak, on_strong)]
-        unsupervised, kept = _of_logits(loss, values, *logits)
+        unsupervised, kept = _of_logits(loss, values, *logits, fairness_weight=fairness_weight)
         measured = {"kept": kept}
     return real + weight * unsupervised, {"real_loss": real, "unsupervised_loss": unsupervised, **measured}
 
@@ -236,7 +240,9 @@ def asked(values: mlo.Values, batch: Batch) -> tuple[Tensor, Tensor]:
     return noise["z"], noise["labels"]
 
 
-def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tensor) -> tuple[Tensor, Tensor]:
+def _of_logits(
+    loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tensor, *, fairness_weight: float
+) -> tuple[Tensor, Tensor]:
     """A loss of pseudo labels, and the share of images that count. Targets and thresholds are chosen once a step."""
     if loss != "freematch":
         choose = uda_targets if loss == "uda" else fixmatch_targets
@@ -245,16 +251,18 @@ def _of_logits(loss: Loss, values: mlo.Values, on_weak: Tensor, on_strong: Tenso
     current = values["classifier"](thresholds_of=on_weak)  # in every evaluation: it is what moves the running means
     thresholds = values.once("thresholds", lambda: current)
     targets = values.once("targets", lambda: freematch_targets(on_weak, thresholds))
-    unsupervised = matched(targets, on_strong) + FAIRNESS * fairness(targets, on_strong, thresholds)
+    unsupervised = matched(targets, on_strong)
+    if fairness_weight:
+        unsupervised = unsupervised + fairness_weight * fairness(targets, on_strong, thresholds)
     return unsupervised, targets.kept.mean()
 
 
-def _with_thresholds(make: Variables, *, classes: int) -> Variables:
+def _with_thresholds(make: Variables, classes: int, decay: float) -> Variables:
     """The network that `make` makes, cut before its last layer, with FreeMatch's thresholds beside it."""
 
     @wraps(make)
     def classifier(**options: Any) -> nn.Module:
-        return WithThresholds(divided(make)(**options), classes=classes)
+        return WithThresholds(divided(make)(**options), classes=classes, decay=decay)
 
     return classifier
 
@@ -358,9 +366,8 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         synthetic: Tensor | None = None
         if "foundation" in values and (complete or held_out.digits is not None):
             digits = held_out.digits
-            count = FEWER if digits is None else SAMPLES
-            real = _first(found, count, context)
-            samples, shown = _samples(values, real, settings, context)
+            real = labelled_in_turn(found, FEWER if digits is None else SAMPLES, context)
+            samples, shown = asked_for(values, real, settings.foundation_labels, settings.latent, context)
             features = partial(network, part="features", training=False)
             metrics |= {
                 f"{name}_gap": paired_gap(features(real["images"]), features(each.images)).item()
@@ -374,84 +381,14 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
                 synthetic = features([*samples.values()][-1].images)
         if "sampler" in values:
             table = values["sampler"]["converter.table"]
-            metrics |= _spread(table)
+            metrics |= label_entropies(table)
             if complete:
-                tables.append(_likeliest(table))
+                tables.append(likeliest_labels(table))
                 pictures["labels"] = heat_map(table.softmax(1))
         if complete:
-            real = _first(found, min(len(found.train), SAMPLES), context)
-            pictures["real"] = grid(real["images"], real["labels"].cpu())
+            few = labelled_in_turn(found, SHOWN, context, again=False)
+            pictures["real"] = grid(few["images"], few["rows"].cpu())
             pictures["features"], metrics["features_in_plane"] = held_out.features(network, synthetic)
         return mlo.Evaluation(metrics=metrics, tables=tuple(tables), pictures=pictures)
 
     return evaluate
-
-
-def _first(found: ImageSets, count: int, context: mlo.Context) -> dict[str, Tensor]:
-    """`count` labelled images, class by class in turn, over again where there are fewer."""
-    part = found.train
-    chosen = _in_turn(part.labels, found.classes)[torch.arange(count) % len(part)]
-    taken = replace(part, index=part.index[chosen], labels=part.labels[chosen])
-    batches = list(in_order(taken, size=count, device=context.device, dtype=context.dtype))
-    return batches[0]
-
-
-def _in_turn(labels: Tensor, classes: int) -> Tensor:
-    """Places of all `labels`, ordered so that classes alternate as long as they last."""
-    rank = torch.zeros_like(labels)
-    for c in range(classes):
-        members = torch.nonzero(labels == c).squeeze(1)
-        rank[members] = torch.arange(len(members))
-    return torch.argsort(rank * classes + labels)
-
-
-def _samples(
-    values: Mapping[str, Any], real: Mapping[str, Tensor], settings: Data, context: mlo.Context
-) -> tuple[dict[str, Samples], dict[str, Tensor]]:
-    """Images from the prior, and as a sampler or P-SSL asks for them, of the same latents; and the label each shows.
-
-    - `uniform`: of all foundation labels in turn.
-    - `found`: of a sampler, for the classes of `real`.
-    - `pseudo`: of what a foundation classifier says of `real`.
-    """
-    count, labels = len(real["labels"]), settings.foundation_labels
-    z = torch.randn(count, settings.latent, dtype=context.dtype).to(context.device)
-    gumbel = gumbel_noise(count, labels, generator=torch.default_generator, dtype=context.dtype).to(context.device)
-    uniform = sample_labels(count, classes=labels, device=context.device)
-    ways = {"uniform": (z, uniform)}
-    if "sampler" in values:
-        ways["found"] = values["sampler"](z, real["labels"], gumbel, training=False)
-    if "foundation_classifier" in values:
-        ways["pseudo"] = z, values["foundation_classifier"](real["images"], training=False).softmax(1)
-    samples = {
-        name: Samples(
-            latents=latents,
-            images=values["foundation"](latents, wanted, training=False),
-            labels=None if name == "uniform" else real["labels"],
-            moved=(latents - z).abs().mean().item(),
-        )
-        for name, (latents, wanted) in ways.items()
-    }
-    return samples, {name: uniform.cpu() if name == "uniform" else real["labels"].cpu() for name in samples}
-
-
-def _spread(table: Tensor) -> dict[str, float]:
-    """The entropy of each class's labels in nats, of the first ten classes, and the mean over all of them."""
-    found = entropies(table)
-    each = {f"label_entropy.{c}": entropy for c, entropy in enumerate(found[:10].tolist())}
-    return {"label_entropy": found.mean().item(), **each}
-
-
-def _likeliest(table: Tensor, *, labels: int = 3) -> mlo.Table:
-    """What each of the first twenty classes asks the foundation for, most often."""
-    top = table.softmax(1).topk(min(labels, table.shape[1]))
-    rows = tuple(
-        (
-            str(c),
-            entropies(table)[c].item(),
-            *(f"{label} ({100 * share:.0f} %)" for share, label in zip(*pair, strict=True)),
-        )
-        for c, pair in enumerate(zip(top.values[:20].tolist(), top.indices[:20].tolist(), strict=True))
-    )
-    places = ("likeliest", "second", "third")[: top.indices.shape[1]]
-    return mlo.Table(title="Foundation labels of each class", columns=("class", "entropy", *places), rows=rows)

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, leaky_relu
 import mlo
 from mlo.hypergradient import Unroll
 from problems import mp_ssl
-from problems.blocks.consistency import WithThresholds, strong, strong_draws, uda, weak, weak_draws
+from problems.blocks.consistency import WithThresholds, freematch, strong, strong_draws, uda, weak, weak_draws
 from problems.blocks.networks import Divided
 from problems.blocks.pictures import heat_map
 from problems.blocks.samplers import ConditionalMapper, LabelConverter, MapperAndConverter, entropies, gumbel_noise
@@ -373,6 +373,19 @@ def test_pseudo_labels_reach_the_head_and_their_targets_are_fixed() -> None:
     assert measured["kept"] > 0.5
 
 
+@pytest.mark.parametrize("fairness_weight", [0.0, 0.05])
+def test_freematch_is_that_of_the_block_with_thresholds_of_this_batch(fairness_weight: float) -> None:
+    scene, batch = Scene(), draw(0)["classifier"]
+    values = values_of(scene, "classifier", "sampler", "foundation")
+    images, noise = mp_ssl.unlabelled(values, batch), batch["noise"]
+    logits = [scene.classifier(view) for view in (weak(images, noise["weak"]), strong(images, noise["strong"]))]
+    thresholds = smooth_network()(thresholds_of=logits[0])
+    expected = freematch(*logits, thresholds, fairness_weight=fairness_weight)
+    _, measured = mp_ssl.semi_supervised(values, batch, loss="freematch", fairness_weight=fairness_weight)
+    torch.testing.assert_close(measured["unsupervised_loss"], expected)
+    assert expected != 0
+
+
 def test_where_unlabelled_images_come_from() -> None:
     scene, batch = Scene(), draw(0)["classifier"]
     noise, train = batch["noise"], batch["train"]
@@ -549,6 +562,7 @@ def test_an_oracle_without_unlabelled_images_is_told_so() -> None:
     [
         ("data.foundation_labels=1", "foundation_labels is 1; a label converter chooses among at least 2"),
         ("data.strongest=1.5", "strongest is 1.5; magnitudes lie in"),
+        ("data.threshold_decay=1.0", "threshold_decay is 1.0; it must be at least 0 and below 1"),
         ("data.shift=-1", "shift is -1; it is a number of pixels"),
         ("data.validation=0.0", "validation is 0.0; it leaves no image"),
     ],
