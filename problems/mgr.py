@@ -32,7 +32,7 @@ from problems.blocks.consistency import (
 )
 from problems.blocks.finders import Residual, perceptron
 from problems.blocks.generators import generators_for
-from problems.blocks.held_out import HeldOut
+from problems.blocks.held_out import HeldOut, judged
 from problems.blocks.image_sets import ImageSets, ImageSettings, stream
 from problems.blocks.judge import Photographs, judge_from
 from problems.blocks.latents import kl_to_standard_normal
@@ -260,17 +260,6 @@ def _noise(settings: Data, classes: int, dtype: torch.dtype, generator: torch.Ge
     return {"z": z, "labels": labels, "strong": in_dtype(drawn, dtype)}
 
 
-def _classifier(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
-    """The level that is judged: level `classifier`, if it is in `model`, as where a graph names none; or else the first."""
-    name = "classifier" if "classifier" in model else model[0]
-    level = values[name]
-    if "head.weight" not in level and "head.weight" not in getattr(level, "buffers", ()):
-        raise mlo.UserError(
-            f"evaluation.model: level '{name}' is no network and classifies nothing; name one, such as 'classifier'"
-        )
-    return level
-
-
 def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.Evaluate:
     """Judges the classifier, and the images of the generator, if there is one, from uniform and from found latents."""
     held_out = HeldOut(found, context)
@@ -287,7 +276,7 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         totals: Mapping[str, Mapping[str, Tensor]],
         complete: bool,
     ) -> mlo.Evaluation:
-        network = _classifier(values, model)
+        network = judged(values, model)
         metrics = held_out.scores(network, split)
         tables: tuple[mlo.Table, ...] = ()
         pictures: dict[str, Tensor] = {}

@@ -43,7 +43,7 @@ from problems.blocks.consistency import (
 )
 from problems.blocks.foundation import foundation_images, foundation_set
 from problems.blocks.generators import generators_for, grid
-from problems.blocks.held_out import HeldOut
+from problems.blocks.held_out import HeldOut, judged
 from problems.blocks.image_sets import ImageSets, ImageSettings, Part, stream
 from problems.blocks.networks import divided, networks_for
 from problems.blocks.pictures import heat_map
@@ -100,6 +100,8 @@ def build(settings: Data, context: mlo.Context) -> mlo.Problem:
     found = settings.sets(context.seed)
     if len(found.validation) == 0:
         raise ValueError(f"validation is {settings.validation}; it leaves no image for the sampler to be judged by")
+    if settings.latent < 1:
+        raise ValueError(f"latent is {settings.latent}; it must be at least 1")
     if not 0 <= settings.strongest <= 1:
         raise ValueError(f"strongest is {settings.strongest}; magnitudes lie in [0, 1]")
     if settings.shift is not None and settings.shift < 0:
@@ -359,7 +361,7 @@ def _evaluation(found: ImageSets, settings: Data, context: mlo.Context) -> mlo.E
         totals: Mapping[str, Mapping[str, Tensor]],
         complete: bool,
     ) -> mlo.Evaluation:
-        network = values[model[0]]
+        network = judged(values, model)
         metrics = held_out.scores(network, split)
         tables: list[mlo.Table] = []
         pictures: dict[str, Tensor] = {}

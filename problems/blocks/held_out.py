@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ AT_ONCE, OF_PHOTOGRAPHS = 512, 64
 def at_once(found: ImageSets) -> int:
     """How many images of this set are judged together."""
     return AT_ONCE if found.size <= 64 else OF_PHOTOGRAPHS
+
+
+def judged(values: Mapping[str, Any], model: tuple[str, ...]) -> Any:
+    """The level that is judged: `classifier`, if it is in `model`, as where a graph names none; or else the first.
+
+    Raises UserError if that is no network with a head.
+    """
+    name = "classifier" if "classifier" in model else model[0]
+    level = values[name]
+    if not any(key.endswith("head.weight") for key in (*level, *getattr(level, "buffers", ()))):
+        raise mlo.UserError(
+            f"evaluation.model: level '{name}' is no network and classifies nothing; name one, such as 'classifier'"
+        )
+    return level
 
 
 @final
