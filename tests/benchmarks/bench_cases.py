@@ -1,4 +1,4 @@
-"""The cases (A) to (F) of `docs/benchmarks.md`. `make bench` names this file; nothing else collects it."""
+"""The cases (A) to (G) of `docs/benchmarks.md`. `make bench` names this file; nothing else collects it."""
 
 from __future__ import annotations
 
@@ -162,6 +162,23 @@ def case_f(table):
         error = ((other - found[1]).norm() / found[1].norm()).item()
         cosine = torch.cosine_similarity(other, found[1], dim=0).item()
         table.append(Row(beside, None, error, cosine, None, None, "relative error, cosine"))
+
+
+@pytest.mark.parametrize("width", [16, 32, 48, 64])
+def case_g(table, width):
+    """Finite differences beside the unrolled step, which stands in place of what is written by hand."""
+    graphs, batches = problems.mgr(width)
+
+    def iterations(graph: Any) -> Any:
+        state = graph.init()
+        for each in batches:
+            state, _ = graph.step(state, each)
+        return state
+
+    unrolled, differences = (
+        lambda name=name: iterations(graphs[name]) for name in ("mgr/second_order.yaml", "mgr.yaml")
+    )
+    table.append(row(f"G, width {width}, 10 iterations", times(unrolled, differences, seconds=20), 0.9))
 
 
 def indirect(graph: Any, state: Any, batches: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -252,6 +253,23 @@ def madao() -> Augmented:
         return {"classifier": {**train, "draws": draws}, "policy": validation}
 
     return Augmented(network, Policy(stages=2), [batches(number) for number in range(20)])
+
+
+GRAPHS = Path(__file__).parents[2] / "graphs"
+
+
+def mgr(width: int) -> tuple[dict[str, mlo.Graph], list[dict[str, Any]]]:
+    """`graphs/mgr.yaml` and `graphs/mgr/second_order.yaml` with an untrained generator, and batches for both."""
+    changes = ("start=null", f"levels.classifier.variables.smooth_cnn.width={width}")
+    built = {name: mlo.load(GRAPHS / name, *changes).build() for name in ("mgr.yaml", "mgr/second_order.yaml")}
+    streams = built["mgr.yaml"][1].streams
+
+    def batches(iteration: int) -> dict[str, Any]:
+        names = ("train", "validation", "noise")
+        drawn = {name: streams[name].draw(mlo.stream.Draw(0, name, iteration)) for name in names}
+        return {"classifier": drawn, "finder": drawn}
+
+    return {name: graph for name, (graph, _) in built.items()}, [batches(number) for number in range(1, 11)]
 
 
 def ladder(depth: int) -> tuple[mlo.Graph, Callable[[], Tensor]]:
