@@ -61,7 +61,8 @@ def drawn(run: mlo.Run) -> dict[str, bytes]:
 
 def numbers(run: mlo.Run) -> tuple[object, ...]:
     lines = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in run.metrics]
-    summary = {key: value for key, value in run.summary.items() if key not in ("seconds", "peak_memory")}
+    clocks = ("seconds", "peak_memory")
+    summary = {key: value for key, value in run.summary.items() if not key.startswith(clocks)}
     return lines, summary, [path.read_bytes() for path in sorted(run.folder.glob("checkpoint/*.safetensors"))]
 
 

@@ -259,7 +259,7 @@ def build(settings: mlo.Settings, context: mlo.Context) -> mlo.Problem:
     )
 """
 GRAPH = """
-problem: own_generators
+problem: own_start_problem
 iterations: 6
 levels: {point: {variables: point, objective: square, BATCH optimizer: {sgd: {learning_rate: 0.1}}}}
 evaluation: {every: 1}
@@ -269,10 +269,10 @@ evaluation: {every: 1}
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "own_generators.py").write_text(OWN)
+    (tmp_path / "modules" / "own_start_problem.py").write_text(OWN)
     (tmp_path / "own.yaml").write_text(GRAPH.replace("BATCH ", ""))
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.delitem(sys.modules, "own_generators", raising=False)
+    monkeypatch.delitem(sys.modules, "own_start_problem", raising=False)
     return tmp_path
 
 
@@ -281,7 +281,7 @@ def test_global_generators_are_seeded_kept_and_left_as_they_were(own: Path) -> N
 
     import numpy
 
-    spec = mlo.load(own / "own.yaml", imports=["own_generators"])
+    spec = mlo.load(own / "own.yaml", imports=["own_start_problem"])
 
     def states() -> tuple:
         return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -295,7 +295,7 @@ def test_global_generators_are_seeded_kept_and_left_as_they_were(own: Path) -> N
 
 
 def test_imports_and_threads_are_restored_in_a_new_process(own: Path, begin_mlo) -> None:
-    spec = mlo.load(own / "own.yaml", imports=["own_generators"])
+    spec = mlo.load(own / "own.yaml", imports=["own_start_problem"])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -311,12 +311,12 @@ def test_imports_and_threads_are_restored_in_a_new_process(own: Path, begin_mlo)
         line["evaluation"]["validation.threads"] for line in mlo.open_run(folder).metrics if "evaluation" in line
     ]
     assert threads == [2.0] * 6
-    assert mlo.open_run(folder).spec.imports == ("own_generators",)
+    assert mlo.open_run(folder).spec.imports == ("own_start_problem",)
 
 
 def test_a_plain_iterable_is_said_not_to_be_exact(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "own.yaml").write_text(GRAPH.replace("BATCH", "batch: numbers,"))
-    spec = mlo.load(own / "own.yaml", imports=["own_generators"])
+    spec = mlo.load(own / "own.yaml", imports=["own_start_problem"])
     folder = break_off(spec, own / "broken", at=3)
     mlo.resume(folder)
     out = capsys.readouterr().out
@@ -328,18 +328,18 @@ def test_a_plain_iterable_is_said_not_to_be_exact(own: Path, capsys: pytest.Capt
 
 
 def test_a_changed_problem_is_refused(own: Path) -> None:
-    spec = mlo.load(own / "own.yaml", imports=["own_generators"])
+    spec = mlo.load(own / "own.yaml", imports=["own_start_problem"])
     folder = break_off(spec, own / "broken", at=3)
-    import own_generators
+    import own_start_problem
 
-    build = own_generators.build
+    build = own_start_problem.build
     wider = lambda settings, context: mlo.Problem(  # noqa: E731
         variables={"point": lambda: torch.ones(4)},
         objectives=build(settings, context).objectives,
-        evaluate=own_generators.judge,
+        evaluate=own_start_problem.judge,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_generators, "build", wider)
+        patch.setattr(own_start_problem, "build", wider)
         with pytest.raises(
             mlo.UserError, match=r"has float32 \[3\] for 'values.point' where the graph has float32 \[4\]"
         ):
