@@ -220,8 +220,16 @@ def validation(
 
 
 def unlabelled(values: mlo.Values, batch: Batch) -> Tensor:
-    """x_u: images of the foundation model on running statistics, or real ones where the level lists no `foundation`."""
+    """x_u: images of the foundation model on running statistics, or real ones where the level lists no `foundation`.
+
+    Raises UserError for a level that lists who asks for images, and nobody who makes them.
+    """
     if "foundation" not in values:
+        for asking in ("sampler", "foundation_classifier"):
+            if asking in values:
+                raise mlo.UserError(
+                    f"an objective's level lists '{asking}', and no 'foundation' that makes its images: add it to `given`"
+                )
         return batch["foundation_images" if "foundation_images" in batch else "unlabelled"]["images"]
     z, labels = asked(values, batch)
     return values["foundation"](z, labels, training=False)

@@ -413,6 +413,15 @@ def test_where_unlabelled_images_come_from() -> None:
     assert mp_ssl.unlabelled(Values(), {**batch, "foundation_images": foundation}) is foundation["images"]
 
 
+@pytest.mark.parametrize("asking", ["sampler", "foundation_classifier"])
+@pytest.mark.parametrize("stream", ["unlabelled", "foundation_images", None])
+def test_who_asks_for_images_without_a_foundation_model_is_told_so(asking: str, stream: str | None) -> None:
+    """And is not given real ones."""
+    batch = draw(0)["classifier"] | ({stream: labelled_images(7)} if stream else {})
+    with pytest.raises(mlo.UserError, match=rf"lists '{asking}', and no 'foundation' that makes its images"):
+        mp_ssl.unlabelled(values_of(Scene(), **{asking: nn.Identity()}), batch)
+
+
 class Switched(Fixed):
     """A level whose module has a mode."""
 

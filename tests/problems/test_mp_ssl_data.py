@@ -13,7 +13,7 @@ from objectives import Fixed
 from torch import Tensor, nn
 
 import mlo
-from problems import mp_ssl
+from problems import generation, mp_ssl
 from problems.blocks.foundation import foundation_images
 from problems.blocks.image_sets import Part, image_sets, in_order
 
@@ -63,6 +63,11 @@ def test_the_foundations_labels_are_those_of_its_own_run():
     pairs = zip(batch["images"].flatten(1).tolist(), batch["labels"].tolist(), strict=True)
     assert all(labels[tuple(row)] == label for row, label in pairs)
     assert set(labels.values()) == set(range(7))
+    settings = generation.Data(foundation=0.5, part="foundation", foundation_labels=7, batch_size=EVERYTHING)
+    other = generation.build(settings, mlo.Context(seed=SEED, device=CPU, dtype=torch.float32))
+    learned = other.streams["train"].draw(mlo.stream.Draw(SEED, "train", 1))
+    pairs = zip(learned["images"].flatten(1).tolist(), learned["labels"].tolist(), strict=True)
+    assert all(labels[tuple(row)] == label for row, label in pairs)
 
 
 @pytest.mark.parametrize(("shift", "largest"), [(None, 1), (3, 3), (0, 0)])
