@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -435,3 +436,32 @@ def test_a_run_that_goes_on_elsewhere_is_the_same_bit_for_bit():
         again, _ = other.step(again)
     assert torch.equal(again.values["student"], state.values["student"])
     assert all(torch.equal(again.values["finder"][name], state.values["finder"][name]) for name in "ab")
+
+
+def test_inside_a_transform_each_evaluation_stands_by_itself():
+    graph = of_finder(beside, FiniteDifference(radius=1e-3))
+    state, _ = graph.step(graph.init(seed=0))
+
+    def found(b: Tensor) -> Tensor:
+        finder = {**state.values["finder"], "b": b}
+        return graph.hypergradient("finder", replace(state, values={**state.values, "finder": finder}))["a"]
+
+    places = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
+    each = torch.stack([found(b) for b in places])
+    assert relative_error(torch.func.vmap(found)(places), each) < 1e-8
+
+
+def test_what_was_drawn_before_does_not_change_a_part():
+    seen: list[Tensor] = []
+
+    def graph(before: int) -> mlo.Graph:
+        def objective(values: Any, batch: Any) -> Tensor:
+            torch.rand(before)
+            seen.append(values.shared("x", lambda: torch.rand(SAMPLES, INPUTS)))
+            return (seen[-1] @ values["student"] - values["finder"]["a"].sum()).square().mean()
+
+        return of_finder(objective, FiniteDifference())
+
+    for before in (1, 2):
+        graph(before).step(graph(before).init(seed=0))
+    assert len({tuple(each.flatten().tolist()) for each in seen}) == 1

@@ -612,6 +612,22 @@ def test_a_fixed_level_is_the_same_without_derivatives() -> None:
     torch.testing.assert_close(state.values["net"]["weight"], net.weight - 0.1 * slopes["weight"])
 
 
+def test_buffers_that_a_fixed_level_updates_are_not_kept() -> None:
+    def objective(values: mlo.Values, batch: Tensor) -> Tensor:
+        held = values["net"].fixed()
+        one, other = held(batch), held(batch, training=False)
+        assert not torch.allclose(one, other)
+        return values["net"](batch).square().sum() + one.sum() + other.sum()
+
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    level = mlo.Level("net", objective=objective, variables=net, optimizer=mlo.optimizer.SGD(learning_rate=0.1))
+    graph = mlo.Graph([level])
+    x = torch.randn(6, 3)
+    state, _ = graph.step(graph.init(), {"net": x})
+    torch.testing.assert_close(state.buffers["net"]["1.running_mean"], 0.1 * net[0](x).mean(0).detach())
+    assert state.buffers["net"]["1.num_batches_tracked"] == 1
+
+
 def test_the_graph_holds_what_the_paper_states() -> None:
     spec = mlo.load(MP_SSL)
     classifier, sampler = spec.levels["classifier"], spec.levels["sampler"]
