@@ -231,6 +231,11 @@ def shares(level: Level) -> bool:
     return level in _SHARING
 
 
+def known_to_share(level: Level) -> None:
+    """Note of `level` that it shares, as of one that takes the place of another."""
+    _SHARING.add(level)
+
+
 def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:
     """The tensors that several evaluations see, and that know when they are written to."""
     if inside_transform():

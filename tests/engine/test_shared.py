@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import normal, relative_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlo
 from mlo.hypergradient import CentralDifference, FiniteDifference, Implicit, Neumann, Unroll
@@ -156,6 +157,39 @@ def test_computed_once_a_step():
         state, _ = graph.step(state, drawn(iteration))
         counts.append(problem.computed - before)
     assert counts == [2, 1, 1]  # before the first step it is not known that there is something to share
+
+
+class Counted(TorchDispatchMode):
+    """How often the error function was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += "aten.erf." in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_computed_once_a_compiled_step_and_after_a_resume():
+    def objective(values: Any, batch: Any) -> Tensor:
+        return (values.shared("x", lambda: moved(values).erf()) @ values["student"]).square().mean()
+
+    def counts(graph: mlo.Graph, state: mlo.State) -> tuple[list[int], mlo.State]:
+        found: list[int] = []
+        for _ in range(3):
+            with Counted() as counted:
+                state, _ = graph.step(state)
+            found.append(counted.number)
+        return found, state
+
+    def compiled() -> mlo.Graph:
+        return mlo.Graph(list(of_finder(objective, FiniteDifference()).levels.values()), compile="eager")
+
+    graph = compiled()
+    found, state = counts(graph, graph.init(seed=0))
+    assert found[1:] == [1, 1]
+    assert counts(compiled(), state)[0][1:] == [1, 1]
 
 
 def test_noise_is_that_of_the_step_wherever_it_is_drawn():
