@@ -325,6 +325,11 @@ def _foundation(found: ImageSets, settings: Data, seed: int) -> Part:
     """What the foundation model was trained on, under its own labels."""
     if settings.foundation_source is None:
         return foundation_images(found, labels=settings.foundation_labels, seed=seed)
+    if settings.foundation_source == settings.source:
+        raise ValueError(
+            f"foundation_source is '{settings.source}', the set itself, whose images are also learned and validated with; "
+            "`foundation: 0.5` keeps half of them for the foundation model alone"
+        )
     part, classes = foundation_set(
         settings.foundation_source,
         root=settings.foundation_root,

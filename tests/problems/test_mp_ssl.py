@@ -574,6 +574,7 @@ def test_mapped_latents_start_at_the_size_of_latents() -> None:
     assert 0.6 < min(sizes) < max(sizes) < 1.5
     mapper = ConditionalMapper(latent=64, classes=None)
     assert torch.equal(mapper(z, y), mapper(z, 9 - y))
+    assert not any(part.bias.any() for part in mapper.network if isinstance(part, nn.Linear))
     kinds = [type(part).__name__ for part in mapper.network]
     assert kinds == ["Linear", "LeakyReLU", "Linear", "LeakyReLU", "Linear"]
 

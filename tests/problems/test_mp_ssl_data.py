@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from torch import Tensor, nn
 
 import mlo
 from problems import generation, mp_ssl
+from problems.blocks.asked_for import asked_for, labelled_in_turn
 from problems.blocks.foundation import foundation_images
 from problems.blocks.image_sets import Part, image_sets, in_order
 
 CPU = torch.device("cpu")
-SEED, EVERYTHING = 3, 649  # a batch holds at least one pass over each part
+CONTEXT = mlo.Context(seed=3, device=CPU, dtype=torch.float32)
+SEED, EVERYTHING = CONTEXT.seed, 649  # a batch holds at least one pass over each part
 
 
 def problem(**settings: Any) -> mlo.Problem:
     chosen = {"foundation": 0.5, "fraction": 0.2, "validation": 0.3, "batch_size": EVERYTHING, **settings}
-    return mp_ssl.build(mp_ssl.Data(**chosen), mlo.Context(seed=SEED, device=CPU, dtype=torch.float32))
+    return mp_ssl.build(mp_ssl.Data(**chosen), CONTEXT)
 
 
 def drawn(name: str, **settings: Any) -> Any:
@@ -64,7 +68,7 @@ def test_the_foundations_labels_are_those_of_its_own_run():
     assert all(labels[tuple(row)] == label for row, label in pairs)
     assert set(labels.values()) == set(range(7))
     settings = generation.Data(foundation=0.5, part="foundation", foundation_labels=7, batch_size=EVERYTHING)
-    other = generation.build(settings, mlo.Context(seed=SEED, device=CPU, dtype=torch.float32))
+    other = generation.build(settings, CONTEXT)
     learned = other.streams["train"].draw(mlo.stream.Draw(SEED, "train", 1))
     pairs = zip(learned["images"].flatten(1).tolist(), learned["labels"].tolist(), strict=True)
     assert all(labels[tuple(row)] == label for row, label in pairs)
@@ -101,23 +105,79 @@ def test_networks_have_the_outputs_and_thresholds_of_their_labels():
     assert weights.shape == (2, 7)
 
 
-def test_a_foundations_labels_are_as_many_as_its_set_has(tmp_path: Path):
-    write("pets", tmp_path, train=8)
-    files = {"root": str(tmp_path), "complete": False, "size": 16, "foundation": 0.0, "fraction": 1.0}
-    other = {"foundation_source": "pets", "foundation_root": str(tmp_path)}
-    batch = drawn("foundation_images", source="pets", **files, **other, foundation_labels=37, batch_size=4)
+def test_a_foundation_set_is_another_one_with_as_many_labels(tmp_path: Path):
+    for name in ("pets", "flowers"):
+        write(name, tmp_path / name, train=8)
+    files = {"source": "pets", "root": str(tmp_path / "pets"), "complete": False, "size": 16, "batch_size": 4}
+    files |= {"foundation": 0.0, "fraction": 1.0}
+    other = {"foundation_source": "flowers", "foundation_root": str(tmp_path / "flowers")}
+    batch = drawn("foundation_images", **files, **other, foundation_labels=102)
     assert batch["images"].shape == (4, 3, 16, 16)
-    with pytest.raises(mlo.UserError, match="foundation_labels is 20; pets has 37 classes"):
-        drawn("foundation_images", source="pets", **files, **other, foundation_labels=20, batch_size=4)
+    with pytest.raises(mlo.UserError, match="foundation_labels is 20; flowers has 102 classes"):
+        drawn("foundation_images", **files, **other, foundation_labels=20)
+    itself = {"foundation_source": "pets", "foundation_root": str(tmp_path / "pets"), "foundation_labels": 37}
+    with pytest.raises(mlo.UserError, match=r"foundation_source is 'pets', the set itself.* `foundation: 0\.5`"):
+        drawn("foundation_images", **files, **itself)
 
 
 def test_what_is_recognised_of_the_foundations_images():
     judge = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    batch = {"images": torch.rand(9, 1, 8, 8), "labels": torch.arange(9) % 3}
-    loss, measured = mp_ssl.foundation_classification({"foundation_classifier": Fixed(judge)}, batch)  # pyright: ignore
-    logits = judge(batch["images"])
-    picked = logits.log_softmax(1)[torch.arange(9), batch["labels"]]
-    torch.testing.assert_close(loss, -picked.mean())
-    right = sum(int(row.argmax() == label) for row, label in zip(logits, batch["labels"], strict=True))
-    assert measured["recognised"] == pytest.approx(right / 9)
-    assert 0 < right < 9
+    images = torch.rand(9, 1, 8, 8)
+    logits = judge(images)
+    labels = logits.argmax(1)
+    labels[:2] = (labels[:2] + 1) % 3
+    values: Any = {"foundation_classifier": Fixed(judge)}
+    loss, measured = mp_ssl.foundation_classification(values, {"images": images, "labels": labels})
+    torch.testing.assert_close(loss, -logits.log_softmax(1)[torch.arange(9), labels].mean())
+    assert measured["recognised"] == pytest.approx(7 / 9)
+
+
+class Judged:
+    """A level as evaluations see it: a module that can be called, and tensors by name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, training: bool = True, **options: Any) -> Any:
+        return self.module(*args, **options)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dict(self.module.named_parameters())[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.module.named_parameters()))
+
+
+@pytest.mark.parametrize("asking", [("sampler",), ("foundation_classifier",), ("sampler", "foundation_classifier"), ()])
+def test_gaps_and_features_are_those_of_the_images_asked_for(asking: tuple[str, ...]):
+    torch.manual_seed(0)
+    built = problem(latent=5, foundation_labels=7)
+    made = {
+        "classifier": built.variables["smooth_cnn"](width=4),
+        "foundation": built.variables["gan"](width=2),
+        "sampler": built.variables["mapper_and_converter"](),
+        "foundation_classifier": built.variables["smooth_cnn_foundation"](width=4),
+    }
+    values: Any = {name: Judged(made[name].eval()) for name in ("classifier", "foundation", *asking)}
+    assert built.evaluate is not None
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found = built.evaluate(values, "test", model=("classifier",), totals={}, complete=True)
+        torch.manual_seed(1)
+        sets, context = image_sets("digits", seed=SEED, foundation=0.5, fraction=0.2, validation=0.3), CONTEXT
+        real = labelled_in_turn(sets, 500, context)
+        samples, _ = asked_for(values, real, 7, 5, context)
+        network = partial(made["classifier"], part="features")
+        gaps = {
+            f"{name}_gap": (network(real["images"]) - network(each.images)).square().sum(1)
+            for name, each in samples.items()
+        }
+        assert {name: found.metrics[name] for name in found.metrics if name.endswith("_gap")} == {
+            name: pytest.approx(gap.mean().item(), rel=1e-4) for name, gap in gaps.items()
+        }
+        last = "found" if "sampler" in asking else "pseudo" if asking else "uniform"
+        everything = torch.cat([network(samples[last].images), network(whole(sets.train))]).double()
+        variances = torch.linalg.eigvalsh((everything - everything.mean(0)).T @ (everything - everything.mean(0)))
+        assert found.metrics["features_in_plane"] == pytest.approx(
+            (variances[-2:].sum() / variances.sum()).item(), rel=1e-5
+        )
