@@ -300,6 +300,7 @@ def beside(values: Any, batch: Any) -> Tensor:
     """The finder is read inside and outside, and so is what is computed before."""
     before = (SEEN @ values["finder"]["a"]).tanh()
     x = values.shared("x", lambda: SEEN + before + values["finder"]["b"])
+    x = x + values.shared("y", lambda: before.square())
     rest = before.mean() + values["finder"]["b"] * values["student"].square().sum()
     return (x @ values["student"] - SEEN.sum(1)).square().mean() + rest * values["student"].sum()
 
