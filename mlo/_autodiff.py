@@ -15,6 +15,7 @@ tensors it was taken at: see `is_recorded`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
@@ -196,7 +197,8 @@ class Shared:
     - `first`: the place of the evaluation that computes the parts, which they must not depend on.
     - `used`: whether they were pulled back, and their history is gone.
     - `pairs`: their tensors that have a history, each with the leaf that evaluations see in its place, so that what
-      arrives there is gathered before it is pulled any further.
+      arrives there is gathered before it is pulled any further. One part after the other: a part may be made of the leaves
+      of earlier ones.
     """
 
     def __init__(self, towards: Mapping[str, Tree], first: Tree) -> None:
@@ -205,12 +207,41 @@ class Shared:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.used = False
         self._seen: dict[str, Tree] = {}
+        self._ends: list[int] = []
 
     def __call__(self, name: str, compute: Callable[[], Tree]) -> Tree:
         """What `compute` gave when this name was asked for first."""
         if name not in self._seen:
             self._seen[name] = _tree.apply(self._stand_in, compute())
+            self._ends.append(len(self.pairs))
         return self._seen[name]
+
+    def pulled(self, gathered: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:
+        """What is `gathered` at the leaves of `pairs`, pulled back to `leaves`; and whether a part depends on `first`.
+
+        The last part first: what arrives at a part is complete once all later ones are pulled. Their history is gone then.
+        """
+        leaves = [leaf for tree in self.leaves.values() for leaf in _tree.leaves(tree)]
+        inputs = [*leaves, *_tree.leaves(self.first)]
+        arrived = list(gathered)
+        total: list[Tensor | None] = [None] * len(leaves)
+        for begin, end in reversed(list(pairwise((0, *self._ends)))):
+            known = [(self.pairs[at][0], weight) for at in range(begin, end) if (weight := arrived[at]) is not None]
+            if not known:
+                continue
+            outputs, weights = zip(*known, strict=True)
+            earlier = [leaf for _, leaf in self.pairs[:begin]]
+            try:
+                found = _reversed(outputs, [*inputs, *earlier], weights, retain=begin > 0, again=False)
+            except RuntimeError:  # what the level's own derivative ran through has no history any more
+                if _reaches(outputs, _tree.leaves(self.first)):
+                    return total, True
+                raise
+            if any(each is not None for each in found[len(leaves) : len(inputs)]):
+                return total, True
+            total = _sums(total, found[: len(leaves)])
+            arrived[:begin] = _sums(arrived[:begin], found[len(inputs) :])
+        return total, False
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -246,7 +277,7 @@ def difference(
     What the function shares is pulled back once, linear as that is in what arrives. Two reverse passes and one through
     what is shared, whose history is gone then. Not inside a transform. Also gives whether that depends on `shared.first`.
     """
-    shared.used = True
+    fresh, shared.used = not shared.pairs, True
     inputs = [leaf for tree in shared.leaves.values() for leaf in _tree.leaves(tree)]
     total: list[Tensor | None] = [None] * len(inputs)
     with torch.enable_grad():
@@ -256,20 +287,33 @@ def difference(
             total += [None] * (len(everything) - len(total))
             if value.requires_grad and everything:
                 weight = torch.full_like(value, sign)
-                total = _sums(total, _reversed((value,), everything, (weight,), retain=False, again=False))
+                # What was shared just now may have history in common with the value.
+                retain = fresh and place is above and bool(shared.pairs)
+                total = _sums(total, _reversed((value,), everything, (weight,), retain=retain, again=False))
+            del value
     direct, gathered = total[: len(inputs)], total[len(inputs) :]
-    arrived = [(made, weight) for (made, _), weight in zip(shared.pairs, gathered, strict=True) if weight is not None]
-    if not arrived:
-        return _grouped(shared.leaves, direct), False
-    outputs, weights = zip(*arrived, strict=True)
-    found = _reversed(outputs, [*inputs, *_tree.leaves(shared.first)], weights, retain=False, again=False)
-    depends = any(each is not None for each in found[len(inputs) :])
-    return _grouped(shared.leaves, _sums(direct, found[: len(inputs)])), depends
+    pulled, depends = shared.pulled(gathered)
+    return _grouped(shared.leaves, _sums(direct, pulled)), depends
 
 
 def _sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
     pairs = zip(some, others, strict=True)
     return [one if other is None else other if one is None else one + other for one, other in pairs]
+
+
+def _reaches(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether one of `inputs`, which are leaves, is in the history of `outputs`."""
+    wanted, seen = {id(tensor) for tensor in inputs}, set[Any]()
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:

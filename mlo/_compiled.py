@@ -25,6 +25,7 @@ from torch.fx.graph import CodeGen
 from mlo._engine import Iteration, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._flat import Form, flatten, rebuild
+from mlo._objective import known_to_share, shares
 from mlo._plan import Plan
 from mlo._reduction import refuse_compiling
 from mlo._state import Metrics, Norms, State
@@ -223,10 +224,15 @@ def _put_together(before: State, found: Any, shown: Mapping[str, Any]) -> tuple[
 
 
 def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tuple[torch.fx.GraphModule, Program]:
-    """The operations of the iteration that begins with `state` and `tensors`, and what they give."""
+    """The operations of the iteration that begins with `state` and `tensors`, and what they give.
+
+    Traced again where it is seen only then that an objective shares a part: a run that is resumed takes the same operations.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     refuse_compiling()
+    sharing = {name for name, level in plan.levels.items() if shares(level)}
+    seen = set(sharing)
     ends = list[tuple[Form, tuple[tuple[str, int, str], ...], dict[str, Any]]]()
 
     def iteration(given: list[Tensor]) -> list[Tensor]:
@@ -240,8 +246,11 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
             name: replace(level, objective=_watched(level), optimizer=told[name][1]) if level.optimizer else level
             for name, level in plan.levels.items()
         }
+        for name in sharing:
+            known_to_share(levels[name])
         with torch.no_grad():
             inside = taken(Plan(levels, plan.skeletons), begin, batches)
+            seen.update(name for name, level in levels.items() if shares(level))
             found, looked_at, shown = _come_out(inside)
             out = list["Tensor"]()
             ends.append((flatten(found, out), looked_at, shown))
@@ -255,6 +264,10 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
     except Exception as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         raise UserError(f"compile: an iteration cannot be traced: {_first_line(error)} {notes}".rstrip()) from error
+    if seen != sharing:
+        for name in seen - sharing:
+            known_to_share(plan.levels[name])
+        return _traced(plan, state, form, tensors)
     ((out, looked_at, shown),) = ends
     taken_from = _pruned(module)
     return module, Program(module, out, taken_from, looked_at, shown)

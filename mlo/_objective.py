@@ -84,7 +84,8 @@ class Values(Mapping[str, Any]):
         self._record = record
         self._share = share
         self.choices: dict[Any, Any] = dict(record.choices or {})
-        self.shares = False
+        self.parts: dict[str, list[tuple[Tensor, int]]] = {}
+        """What is shared, by name: tensors, and how often each was written to when it was handed out."""
 
     @property
     def iteration(self) -> int:
@@ -132,19 +133,34 @@ class Values(Mapping[str, Any]):
         `compute()` is differentiated as if it stood there by itself. Where a step is evaluated with the level's variables
         at several places, as finite differences do, it is computed once, and what arrives at it is pulled back once:
         images of a generator, say, which a classifier is trained on. Its random numbers are its own, the same in every
-        evaluation. `name` tells the parts of one objective apart.
+        evaluation. `name` tells the parts of one objective apart; a part may be made of others. It must not be changed in
+        place.
 
-        Raises `UserError` where it depends on the level's own variables, which would be held fixed without a word.
+        Raises `UserError` for a name that another part has, for what is no tensor, and where it depends on the level's own
+        variables, which would be held fixed without a word.
         """
-        self.shares = True
+        if name in self.parts:
+            raise UserError(f"the objective of level '{self._reader}' shares two parts as '{name}': call one otherwise")
 
         def alone() -> Part:
             _random.reseed(_random.key(self._record.seed, name))
-            return compute()
+            return _tree_of_tensors(compute(), f"what the objective of level '{self._reader}' shares as '{name}'")
 
         part = alone() if self._share is None else cast("Part", self._share(name, alone))
         _random.reseed(_random.key(self._record.seed, name, "rest"))  # the same, whether it was computed or not
+        seen = [] if inside_transform() else [each for each in _tree.leaves(part) if not each.is_inference()]
+        self.parts[name] = [(each, each._version) for each in seen]
         return part
+
+
+def _tree_of_tensors(part: Part, what: str) -> Part:
+    """`part`, if it is a tensor or tensors by name. Raises `UserError` if it is not."""
+    named = part if isinstance(part, Mapping) else {"": part}
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor):
+            where = f", '{name}'" if name else ""
+            raise UserError(f"{what}{where}: expected a tensor, or tensors by name, got a {type(tensor).__name__}")
+    return part
 
 
 def _constant(choice: Any) -> Any:
@@ -193,13 +209,19 @@ def evaluate(
             f"the objective of level '{level.name}' changed values or its batch in place; every evaluation of a step sees "
             "the same ones: work on a clone"
         )
+    for name, part in visible.parts.items():
+        if any(tensor._version != version for tensor, version in part):
+            raise UserError(
+                f"the objective of level '{level.name}' changed what it shares as '{name}' in place; other evaluations see "
+                "the same: work on a clone"
+            )
     loss = _scalar(level, loss)
     if not isinstance(measured, (dict, Mapping)):
         raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
     own = views[level.name]
     kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if type(own) is ModuleVariables else {}
     seen = {name: _measurement(level, name, value) for name, value in measured.items()} if measured else {}
-    if visible.shares:
+    if visible.parts:
         _SHARING.add(level)
     return loss, Aftermath(seen, kept, visible.choices)
 
@@ -207,6 +229,11 @@ def evaluate(
 def shares(level: Level) -> bool:
     """Whether an evaluation of `level` had a part that is computed by `Values.shared`."""
     return level in _SHARING
+
+
+def known_to_share(level: Level) -> None:
+    """Note of `level` that it shares, as of one that takes the place of another."""
+    _SHARING.add(level)
 
 
 def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:

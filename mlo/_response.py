@@ -152,9 +152,9 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
                 kept.clear()  # and its gradient, before there is another
             elif kept:
                 kept[-1] = kept[-1].without_gradient()
-            position, last, loss, aftermath = take(
-                level, position, fixed, record, compared=tape.compared and number == steps - 1
-            )
+            # A recorded response is pulled back towards other levels than it is taken for.
+            compared = tape.compared and not recording and number == steps - 1
+            position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
             tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)

@@ -220,8 +220,16 @@ def validation(
 
 
 def unlabelled(values: mlo.Values, batch: Batch) -> Tensor:
-    """x_u: images of the foundation model on running statistics, or real ones where the level lists no `foundation`."""
+    """x_u: images of the foundation model on running statistics, or real ones where the level lists no `foundation`.
+
+    Raises UserError for a level that lists who asks for images, and nobody who makes them.
+    """
     if "foundation" not in values:
+        for asking in ("sampler", "foundation_classifier"):
+            if asking in values:
+                raise mlo.UserError(
+                    f"an objective's level lists '{asking}', and no 'foundation' that makes its images: add it to `given`"
+                )
         return batch["foundation_images" if "foundation_images" in batch else "unlabelled"]["images"]
     z, labels = asked(values, batch)
     return values["foundation"](z, labels, training=False)
@@ -317,6 +325,11 @@ def _foundation(found: ImageSets, settings: Data, seed: int) -> Part:
     """What the foundation model was trained on, under its own labels."""
     if settings.foundation_source is None:
         return foundation_images(found, labels=settings.foundation_labels, seed=seed)
+    if settings.foundation_source == settings.source:
+        raise ValueError(
+            f"foundation_source is '{settings.source}', the set itself, whose images are also learned and validated with; "
+            "`foundation: 0.5` keeps half of them for the foundation model alone"
+        )
     part, classes = foundation_set(
         settings.foundation_source,
         root=settings.foundation_root,

@@ -50,8 +50,8 @@ def asked_for(
     """Images of level `foundation`, each way it is asked for them with the same latents; and the row that each is shown in.
 
     - `uniform`: of foundation labels in turn: all of them, or the first ten where there are more than images.
-    - `found`: of level `sampler`, for the classes of `real`.
     - `pseudo`: of what level `foundation_classifier` says of `real`.
+    - `found`: of level `sampler`, for the classes of `real`. Last, where there is one.
 
     Latents and Gumbel noise are drawn from torch's global generator. `real` is from `labelled_in_turn`.
     """
@@ -60,10 +60,10 @@ def asked_for(
     gumbel = gumbel_noise(count, labels, generator=torch.default_generator, dtype=context.dtype).to(context.device)
     uniform = sample_labels(count, classes=labels if labels <= count else CLASSES, device=context.device)
     ways: dict[str, tuple[Tensor, Tensor]] = {"uniform": (z, uniform)}
-    if "sampler" in values:
-        ways["found"] = values["sampler"](z, real["labels"], gumbel, training=False)
     if "foundation_classifier" in values:
         ways["pseudo"] = z, values["foundation_classifier"](real["images"], training=False).softmax(1)
+    if "sampler" in values:
+        ways["found"] = values["sampler"](z, real["labels"], gumbel, training=False)
     samples = {
         name: Samples(
             latents=latents,

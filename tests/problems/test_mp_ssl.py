@@ -16,7 +16,20 @@ from torch.nn.functional import cosine_similarity, cross_entropy, leaky_relu
 import mlo
 from mlo.hypergradient import Unroll
 from problems import mp_ssl
-from problems.blocks.consistency import WithThresholds, freematch, strong, strong_draws, uda, weak, weak_draws
+from problems.blocks.consistency import (
+    WithThresholds,
+    fairness,
+    fixmatch_targets,
+    freematch,
+    freematch_targets,
+    matched,
+    strong,
+    strong_draws,
+    uda,
+    uda_targets,
+    weak,
+    weak_draws,
+)
 from problems.blocks.networks import Divided
 from problems.blocks.pictures import heat_map
 from problems.blocks.samplers import ConditionalMapper, LabelConverter, MapperAndConverter, entropies, gumbel_noise
@@ -400,6 +413,71 @@ def test_where_unlabelled_images_come_from() -> None:
     assert mp_ssl.unlabelled(Values(), {**batch, "foundation_images": foundation}) is foundation["images"]
 
 
+@pytest.mark.parametrize("asking", ["sampler", "foundation_classifier"])
+@pytest.mark.parametrize("stream", ["unlabelled", "foundation_images", None])
+def test_who_asks_for_images_without_a_foundation_model_is_told_so(asking: str, stream: str | None) -> None:
+    """And is not given real ones."""
+    batch = draw(0)["classifier"] | ({stream: labelled_images(7)} if stream else {})
+    with pytest.raises(mlo.UserError, match=rf"lists '{asking}', and no 'foundation' that makes its images"):
+        mp_ssl.unlabelled(values_of(Scene(), **{asking: nn.Identity()}), batch)
+
+
+class Switched(Fixed):
+    """A level whose module has a mode."""
+
+    def forward(self, *args: Any, training: bool = True, **options: Any) -> Any:
+        self.module.train(training)
+        return self.module(*args, **options)
+
+
+def test_what_is_frozen_runs_on_running_statistics() -> None:
+    scene, batch = Scene(), draw(0)["classifier"]
+    foundation = Painter()
+    foundation.latents = nn.Sequential(foundation.latents, nn.BatchNorm1d(64))
+    judge = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, LABELS))
+    levels = {"foundation": foundation, "foundation_classifier": judge}
+    ways = (levels, {"foundation": foundation}, {"foundation": foundation, "sampler": scene.sampler})
+    for way in ways:
+        found = mp_ssl.unlabelled(Values({name: Switched(module) for name, module in way.items()}), batch)
+        fixed = {name: Fixed(module.eval()) for name, module in way.items()}
+        assert torch.equal(found, mp_ssl.unlabelled(Values(fixed), batch))
+        assert (foundation.train()(batch["noise"]["z"], batch["noise"]["labels"]) - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["uda", "fixmatch", "freematch"])
+def test_what_was_chosen_stays_where_a_step_is_evaluated_again(loss: Any) -> None:
+    """Pseudo labels, which of them count, and thresholds: of another classifier the first one's."""
+    choices: dict[str, Any] = {}
+
+    class Kept(Values):
+        def once(self, name: str, choose: Any) -> Any:
+            if name not in choices:
+                choices[name] = super().once(name, choose)
+            return choices[name]
+
+    scene, batch = Scene(), draw(0)["classifier"]
+    scene.classifier.network.head.weight.data *= 100  # sure of everything
+    values = values_of(scene, "classifier", "sampler", "foundation")
+    mp_ssl.semi_supervised(Kept(values), batch, loss=loss)
+    images = mp_ssl.unlabelled(values, batch)
+    one, other = (view(images, batch["noise"][name]) for view, name in ((weak, "weak"), (strong, "strong")))
+    first = scene.classifier(one).detach()
+    thresholds = smooth_network()(thresholds_of=first)
+    choose = {
+        "uda": uda_targets,
+        "fixmatch": fixmatch_targets,
+        "freematch": partial(freematch_targets, thresholds=thresholds),
+    }
+    targets = choose[loss](first)
+    scene.classifier.network.head.weight.data = scene.classifier.network.head.weight.data.flip(0) * 0.01
+    expected = matched(targets, scene.classifier(other))
+    if loss == "freematch":
+        expected = expected + 0.05 * fairness(targets, scene.classifier(other), thresholds)
+    _, measured = mp_ssl.semi_supervised(Kept(values), batch, loss=loss)
+    torch.testing.assert_close(measured["unsupervised_loss"], expected)
+    assert expected.abs() > 1e-3
+
+
 def test_terms_of_weight_zero_are_not_computed() -> None:
     scene, batch = Scene(), draw(0)["sampler"]
     values = values_of(scene, "classifier")  # no foundation and no sampler to be read
@@ -496,6 +574,7 @@ def test_mapped_latents_start_at_the_size_of_latents() -> None:
     assert 0.6 < min(sizes) < max(sizes) < 1.5
     mapper = ConditionalMapper(latent=64, classes=None)
     assert torch.equal(mapper(z, y), mapper(z, 9 - y))
+    assert not any(part.bias.any() for part in mapper.network if isinstance(part, nn.Linear))
     kinds = [type(part).__name__ for part in mapper.network]
     assert kinds == ["Linear", "LeakyReLU", "Linear", "LeakyReLU", "Linear"]
 
@@ -532,6 +611,22 @@ def test_a_fixed_level_is_the_same_without_derivatives() -> None:
     assert not seen["reaches"]
     slopes = slopes_of(net(x).square().sum(), net)
     torch.testing.assert_close(state.values["net"]["weight"], net.weight - 0.1 * slopes["weight"])
+
+
+def test_buffers_that_a_fixed_level_updates_are_not_kept() -> None:
+    def objective(values: mlo.Values, batch: Tensor) -> Tensor:
+        held = values["net"].fixed()
+        one, other = held(batch), held(batch, training=False)
+        assert not torch.allclose(one, other)
+        return values["net"](batch).square().sum() + one.sum() + other.sum()
+
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    level = mlo.Level("net", objective=objective, variables=net, optimizer=mlo.optimizer.SGD(learning_rate=0.1))
+    graph = mlo.Graph([level])
+    x = torch.randn(6, 3)
+    state, _ = graph.step(graph.init(), {"net": x})
+    torch.testing.assert_close(state.buffers["net"]["1.running_mean"], 0.1 * net[0](x).mean(0).detach())
+    assert state.buffers["net"]["1.num_batches_tracked"] == 1
 
 
 def test_the_graph_holds_what_the_paper_states() -> None:
@@ -576,7 +671,7 @@ def test_a_run_keeps_samples_labels_and_distances(tmp_path: Path) -> None:
     p_ssl = ROOT / "graphs" / "mp_ssl" / "p_ssl.yaml"
     short = ["iterations=2", "start.foundation.with.iterations=2", "evaluation.every=1"]
     for path, way, more in (
-        (MP_SSL, "found", []),
+        (MP_SSL, "found", ["levels.sampler.optimizer.adam.learning_rate=1.0"]),  # so that entropies tell
         (p_ssl, "pseudo", ["start.foundation_classifier.with.iterations=2"]),
     ):
         run = mlo.run(mlo.load(path, *short, *more), tmp_path / way, cache=tmp_path / "start", quiet=True)
@@ -589,12 +684,40 @@ def test_a_run_keeps_samples_labels_and_distances(tmp_path: Path) -> None:
             one, other = (each[f"validation.{name}_feature_frechet_distance"] for name in ("uniform", way))
             assert one != other
             assert min(one, other) > 0
+            assert 0 < each["validation.uniform_gap"] != each[f"validation.{way}_gap"] > 0
         if way == "found":
             entropies = [each["validation.label_entropy.3"] for each in evaluations]
-            assert math.log(20) >= entropies[0] != entropies[1]
+            assert math.log(20) - 0.1 > max(entropies)
+            assert abs(entropies[0] - entropies[1]) > 1e-3
             measured = [line["measured"]["sampler"] for line in run.metrics if "losses" in line]
             assert all(set(each) == {"validation_loss", "gap"} for each in measured)
             assert [table["title"] for table in run.summary["tables"]] == [
                 "500 synthetic images",
                 "Foundation labels of each class",
             ]
+
+
+def test_both_ways_of_asking_beside_each_other_change_no_number(tmp_path: Path) -> None:
+    short = ["iterations=2", "start.foundation.with.iterations=2", "evaluation.every=1"]
+    more = ["start.foundation_classifier.with.iterations=2", "evaluation.pictures_at=1"]
+    graphs = {"alone": (MP_SSL, short), "beside": (ROOT / "graphs" / "mp_ssl" / "samples.yaml", [*short, *more])}
+    runs = {
+        name: mlo.run(mlo.load(path, *changes), tmp_path / name, cache=tmp_path / "start", quiet=True)
+        for name, (path, changes) in graphs.items()
+    }
+    one, other = (runs[name].summary["metrics"] for name in graphs)
+    assert {name.removeprefix("test.").removeprefix("validation.") for name in other.keys() - one.keys()} == {
+        "pseudo_gap",
+        "pseudo_feature_frechet_distance",
+    }
+    assert {name: other[name] for name in one} == one
+    pictures = runs["beside"].folder / "pictures"
+    for folder in (pictures, pictures / "at_1"):
+        names = {each.name for each in folder.iterdir()} - {"at_1"}
+        assert names == {"features.png", "real.png", "labels.png"} | {
+            f"synthetic_{way}.png" for way in ("uniform", "found", "pseudo")
+        }
+    for name in ("real", "labels", "synthetic_found", "synthetic_uniform"):
+        assert (pictures / f"{name}.png").read_bytes() == (
+            runs["alone"].folder / "pictures" / f"{name}.png"
+        ).read_bytes()
