@@ -1,4 +1,4 @@
-"""Every derivative of the engine.
+"""Every derivative of the engine; those at several places at once are in `_shared`.
 
 At the outermost level a derivative is plain autograd on detached leaves: it is the same derivative as `torch.func`'s and
 costs 6 % over a hand-written backward pass where a transform costs 21 %. Inside a transform of the user's (`vmap` over
@@ -15,7 +15,6 @@ tensors it was taken at: see `is_recorded`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
@@ -113,10 +112,10 @@ def _pulled(
     if not tracked or not inputs:
         return {}
     outputs, weights = zip(*tracked, strict=True)
-    return _grouped(wanted, _reversed(outputs, inputs, weights, retain=retain, again=again))
+    return grouped(wanted, reverse_pass(outputs, inputs, weights, retain=retain, again=again))
 
 
-def _reversed(
+def reverse_pass(
     outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], weights: tuple[Tensor, ...], *, retain: bool, again: bool
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each.
@@ -185,135 +184,8 @@ def gradients(
     inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
     if not value.requires_grad or not inputs:
         return {}, value.detach(), after
-    found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
-    return _grouped(leaves, found), value.detach(), after
-
-
-@final
-class Shared:
-    """Parts that evaluations of a function at several places have in common: computed by the first of them, and kept.
-
-    - `leaves`: what the function is differentiated towards, in every evaluation.
-    - `first`: the place of the evaluation that computes the parts, which they must not depend on.
-    - `used`: whether they were pulled back, and their history is gone.
-    - `pairs`: their tensors that have a history, each with the leaf that evaluations see in its place, so that what
-      arrives there is gathered before it is pulled any further. One part after the other: a part may be made of the leaves
-      of earlier ones.
-    """
-
-    def __init__(self, towards: Mapping[str, Tree], first: Tree) -> None:
-        self.leaves: Mapping[str, Tree] = {name: _tree.apply(_leaf, tree) for name, tree in towards.items()}
-        self.first: Tree = _tree.apply(_leaf, first)
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.used = False
-        self._seen: dict[str, Tree] = {}
-        self._ends: list[int] = []
-
-    def __call__(self, name: str, compute: Callable[[], Tree]) -> Tree:
-        """What `compute` gave when this name was asked for first."""
-        if name not in self._seen:
-            self._seen[name] = _tree.apply(self._stand_in, compute())
-            self._ends.append(len(self.pairs))
-        return self._seen[name]
-
-    def pulled(self, gathered: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:
-        """What is `gathered` at the leaves of `pairs`, pulled back to `leaves`; and whether a part depends on `first`.
-
-        The last part first: what arrives at a part is complete once all later ones are pulled. Their history is gone then.
-        """
-        leaves = [leaf for tree in self.leaves.values() for leaf in _tree.leaves(tree)]
-        inputs = [*leaves, *_tree.leaves(self.first)]
-        arrived = list(gathered)
-        total: list[Tensor | None] = [None] * len(leaves)
-        for begin, end in reversed(list(pairwise((0, *self._ends)))):
-            known = [(self.pairs[at][0], weight) for at in range(begin, end) if (weight := arrived[at]) is not None]
-            if not known:
-                continue
-            outputs, weights = zip(*known, strict=True)
-            earlier = [leaf for _, leaf in self.pairs[:begin]]
-            try:
-                found = _reversed(outputs, [*inputs, *earlier], weights, retain=begin > 0, again=False)
-            except RuntimeError:  # what the level's own derivative ran through has no history any more
-                if _reaches(outputs, _tree.leaves(self.first)):
-                    return total, True
-                raise
-            if any(each is not None for each in found[len(leaves) : len(inputs)]):
-                return total, True
-            total = _sums(total, found[: len(leaves)])
-            arrived[:begin] = _sums(arrived[:begin], found[len(inputs) :])
-        return total, False
-
-    def _stand_in(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        self.pairs.append((tensor, _leaf(tensor)))
-        return self.pairs[-1][1]
-
-
-def gradient_at_first(
-    function: Callable[[Mapping[str, Tree], Tree, Shared], tuple[Tensor, After]], shared: Shared
-) -> tuple[Upstream, Tensor, After]:
-    """∇function at `shared.first` by the name "", or nothing; its value, and what else it returned: as `gradients` gives it.
-
-    What the function shares is computed, with its history, and kept.
-    """
-    with torch.enable_grad():
-        value, after = function(shared.leaves, shared.first, shared)
-    if not value.requires_grad:
-        return {}, value.detach(), after
-    inputs = _tree.leaves(shared.first)
-    found = _reversed((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
-    return _grouped({"": shared.first}, found), value.detach(), after
-
-
-def difference(
-    function: Callable[[Mapping[str, Tree], Tree, Shared], tuple[Tensor, Any]],
-    shared: Shared,
-    above: Tree,
-    below: Tree,
-) -> tuple[Upstream, bool]:
-    """∂function/∂leaves at the place `above`, less that at `below`, for the leaves that it depends on.
-
-    What the function shares is pulled back once, linear as that is in what arrives. Two reverse passes and one through
-    what is shared, whose history is gone then. Not inside a transform. Also gives whether that depends on `shared.first`.
-    """
-    fresh, shared.used = not shared.pairs, True
-    inputs = [leaf for tree in shared.leaves.values() for leaf in _tree.leaves(tree)]
-    total: list[Tensor | None] = [None] * len(inputs)
-    with torch.enable_grad():
-        for place, sign in ((above, 1.0), (below, -1.0)):
-            value, _ = function(shared.leaves, place, shared)
-            everything = [*inputs, *(leaf for _, leaf in shared.pairs)]
-            total += [None] * (len(everything) - len(total))
-            if value.requires_grad and everything:
-                weight = torch.full_like(value, sign)
-                # What was shared just now may have history in common with the value.
-                retain = fresh and place is above and bool(shared.pairs)
-                total = _sums(total, _reversed((value,), everything, (weight,), retain=retain, again=False))
-            del value
-    direct, gathered = total[: len(inputs)], total[len(inputs) :]
-    pulled, depends = shared.pulled(gathered)
-    return _grouped(shared.leaves, _sums(direct, pulled)), depends
-
-
-def _sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
-    pairs = zip(some, others, strict=True)
-    return [one if other is None else other if one is None else one + other for one, other in pairs]
-
-
-def _reaches(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether one of `inputs`, which are leaves, is in the history of `outputs`."""
-    wanted, seen = {id(tensor) for tensor in inputs}, set[Any]()
-    waiting: list[Any] = [output.grad_fn for output in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
-    return False
+    found = reverse_pass((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
+    return grouped(leaves, found), value.detach(), after
 
 
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
@@ -331,8 +203,8 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         if not value.requires_grad:
             return None, value, after
         one = torch.ones_like(value)
-        found = _reversed((value,), _tree.leaves(point), (one,), retain=True, again=True)
-    return _grouped({"": point}, found).get(""), value, after
+        found = reverse_pass((value,), _tree.leaves(point), (one,), retain=True, again=True)
+    return grouped({"": point}, found).get(""), value, after
 
 
 def _linearise_by_transform(
@@ -377,33 +249,34 @@ _KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
 _FORMULA_ALONE = (False, False, False, True)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf_of(tensor: Tensor) -> Tensor:
+    """The same numbers, as a leaf to differentiate towards."""
     return tensor.detach().requires_grad_()
 
 
 def _leaves(tree: Tree, *, keep: bool = False) -> Tree:
     """`tree` made of leaves; with `keep`, what has a history or is a leaf already stays as it is."""
     if not isinstance(tree, (dict, Mapping)):
-        return tree if keep and tree.requires_grad else _leaf(tree)
+        return tree if keep and tree.requires_grad else leaf_of(tree)
     if keep:
         return {name: t if t.requires_grad else t.detach().requires_grad_() for name, t in tree.items()}
     return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor) if tensor.requires_grad else _leaf(tensor)
+    return tensor.view_as(tensor) if tensor.requires_grad else leaf_of(tensor)
 
 
-def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstream:
+def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstream:
     """`found`, which follows the leaves of `wanted`, as trees by name; a tree none of whose leaves is used is left out."""
-    grouped: dict[str, Tree] = {}
+    by_name: dict[str, Tree] = {}
     begin = 0
     for name, tree in wanted.items():
         if not isinstance(tree, (dict, Mapping)):
             part = found[begin]
             begin += 1
             if part is not None:
-                grouped[name] = part
+                by_name[name] = part
             continue
         own = found[begin : begin + len(tree)]
         begin += len(tree)
@@ -411,8 +284,8 @@ def _grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upst
         if not known:
             continue
         if len(known) == len(tree):
-            grouped[name] = dict(zip(tree, known, strict=True))
+            by_name[name] = dict(zip(tree, known, strict=True))
             continue
         pairs = zip(tree.items(), own, strict=True)
-        grouped[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
-    return grouped
+        by_name[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
+    return by_name

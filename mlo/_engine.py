@@ -17,7 +17,8 @@ from mlo import _random, _tree
 from mlo._autodiff import inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._nest import Below, Nest
-from mlo._objective import Record, options_of, partials
+from mlo._objective import Record, options_of
+from mlo._partials import partials
 from mlo._plan import Plan
 from mlo._reading import reads_live
 from mlo._reduction import refuse_nesting

@@ -11,7 +11,8 @@ import torch
 from mlo import _dense, _random, _tree
 from mlo._autodiff import inside_transform, is_recorded, is_traced, linearise, refuse_drawing
 from mlo._chunks import Chunks
-from mlo._objective import options_of, partials
+from mlo._objective import options_of
+from mlo._partials import partials
 from mlo._reduction import reduced_trees
 from mlo._step import (
     Position,

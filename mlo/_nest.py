@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _tree
-from mlo._objective import Record, partials
+from mlo._objective import Record
+from mlo._partials import partials
 from mlo._response import Response, respond
 from mlo._state import Parts
 from mlo._step import AbstractNest, Position, Surroundings

@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from mlo import _tree
-from mlo._autodiff import Shared, inside_transform, is_recorded, linearise, recorded_gradient
+from mlo._autodiff import inside_transform, is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
-from mlo._objective import (
-    Aftermath,
-    Record,
-    difference_of_partials,
-    evaluate,
-    options_of,
-    partials,
-    shared_partials,
-    shares,
-)
+from mlo._objective import Aftermath, Record, evaluate, options_of, shares
+from mlo._partials import difference_of_partials, partials, shared_partials
 from mlo._reading import reads_live
 from mlo._reduction import current_group, reduced_trees
+from mlo._shared import Shared
 from mlo.hypergradient import AbstractStep
 from mlo.optimizer import OptimizerState, pulled_back, updated
 
