@@ -1,4 +1,4 @@
-"""Whole iterations as one graph of operations, traced once for each kind of iteration and handed to `torch.compile`.
+"""Whole iterations as one graph of operations, traced once for each kind of iteration and handed to a compiler.
 
 `torch.compile` of `Graph.step` itself breaks wherever Python holds something back: pullbacks that outlive their function,
 the look at numbers that may not be finite. So an iteration is first traced with `make_fx`, reverse passes and all, on
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch.fx.graph import CodeGen
 
+from mlo._backend import compiled, first_line
 from mlo._engine import Iteration, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._flat import Form, flatten, rebuild
@@ -42,23 +43,6 @@ if TYPE_CHECKING:
 
 KINDS = 16
 """More kinds of iterations than this are a mistake: each is compiled for a minute or so."""
-
-EAGER = "eager"
-"""In place of a backend of `torch.compile`: the traced operations are run one by one."""
-
-NO_COMPILER = "compile: torch finds no C++ compiler here: steps are traced, and their operations run one by one"
-
-
-def compiler() -> str:
-    """The backend of `torch.compile`: inductor, or eager where there is no C++ compiler for it."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return EAGER
-    return "inductor"
 
 
 @final
@@ -149,32 +133,11 @@ class Compiler:
                 "and hold what changes in tensors"
             )
         module, program = self._traces.pop(kind, None) or _traced(self._plan, state, kind[1], tensors)
-        if self.backend == EAGER:
-            return program
-        compiled: Any = torch.compile(module, backend=self.backend, dynamic=False, fullgraph=True)
-        return replace(program, run=_first_run_watched(compiled))
+        return replace(program, run=compiled(module, tensors, self.backend))
 
 
 def _due(plan: Plan, state: State) -> tuple[str, ...]:
     return tuple(name for name, level in plan.levels.items() if is_due(level, state.iteration + 1))
-
-
-def _first_run_watched(compiled: Callable[..., Any]) -> Callable[..., Sequence[Tensor]]:
-    """`compiled`, which is compiled when it is called for the first time: what goes wrong then is the compiler's."""
-    ran = False
-
-    def run(*tensors: Tensor) -> Sequence[Tensor]:
-        nonlocal ran
-        if ran:
-            return compiled(*tensors)
-        try:
-            found = compiled(*tensors)
-        except Exception as error:
-            raise UserError(f"compile: torch.compile has failed: {_first_line(error)}") from error
-        ran = True
-        return found
-
-    return run
 
 
 def _taken_apart(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[Form, list[Tensor]]:
@@ -263,7 +226,7 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
         raise
     except Exception as error:
         notes = " ".join(getattr(error, "__notes__", ()))
-        raise UserError(f"compile: an iteration cannot be traced: {_first_line(error)} {notes}".rstrip()) from error
+        raise UserError(f"compile: an iteration cannot be traced: {first_line(error)} {notes}".rstrip()) from error
     if seen != sharing:
         for name in seen - sharing:
             known_to_share(plan.levels[name])
@@ -415,7 +378,3 @@ def _pruned(module: torch.fx.GraphModule) -> tuple[int, ...]:
     module.graph.set_codegen(CodeGen())  # inputs one by one, not as a tree
     module.recompile()
     return tuple(places)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,7 +11,8 @@ from torch import nn
 
 from mlo import _engine, _random, _reading, _structure, _tree
 from mlo._autodiff import inside_transform
-from mlo._compiled import Compiler, compiler
+from mlo._backend import compiler
+from mlo._compiled import Compiler
 from mlo._constraint import Constraints
 from mlo._cost import Cost, of_pullback, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mlo import _random, _structure
-from mlo._compiled import EAGER, NO_COMPILER
+from mlo._backend import EAGER, NO_COMPILER
 from mlo._errors import GraphError, SpecError, UserError
 from mlo._graph import Graph, free, misfits, numbers_of, objections, unfit
 from mlo._level import Level

@@ -484,7 +484,5 @@ def test_an_iteration_is_traced_once():
     assert len(evaluated) == seen
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in torch
 def test_by_the_real_compiler():
     compare(weighted(lower=Adam(learning_rate=Cosine(start=0.1, over=9))), batches_of, backend=True, tolerance=1e-9)

@@ -12,7 +12,7 @@ from torch._inductor import config
 
 import mlo
 from mlo import _tree
-from mlo._compiled import NO_COMPILER
+from mlo._backend import NO_COMPILER
 from mlo.spec._build import assemble
 
 ROOT = Path(__file__).parent.parent.parent
