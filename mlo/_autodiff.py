@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
-from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
+from torch.autograd import Variable
 from torch.overrides import has_torch_function
 
 from mlo import _tree
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 After = TypeVar("After")
 
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_run_backward: Callable[..., Sequence[Tensor | None]] = cast("Any", Variable)._execution_engine.run_backward
+_record: Callable[[bool], None] = _C._set_grad_enabled
 _innermost_transform: Callable[[], Any] = _C._functorch.peek_interpreter_stack
 
 
@@ -43,6 +45,13 @@ def inside_transform() -> bool:
 def is_traced() -> bool:
     """Whether operations are written down for a compiler, and no number can be looked at."""
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
+
+
+def known(value: Tensor) -> float | None:
+    """The number in a zero-dimensional tensor, where looking needs no waiting: on the CPU, neither inside a transform nor
+    traced.
+    """
+    return value.item() if value.is_cpu and not (inside_transform() or is_traced()) else None
 
 
 def refuse_drawing(level: str) -> None:
@@ -78,11 +87,11 @@ def linearise(
     if is_recorded(at.values()):
         return _linearise_recorded(function, at)
     leaves = {name: _leaves(tree) for name, tree in at.items()}
-    with torch.enable_grad():
+    with Recording():
         result, after = function(leaves)
 
     def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
-        return _pulled(result, cotangent, {name: leaves[name] for name in names}, retain=retain, again=False)
+        return pulled(result, cotangent, {name: leaves[name] for name in names}, retain=retain, again=False)
 
     return _tree.detach(result), after, pull
 
@@ -92,17 +101,17 @@ def _linearise_recorded(
 ) -> tuple[Tree, After, Callable[..., Upstream]]:
     """Partial derivatives are taken at aliases, so that none runs through the history of another argument."""
     points = {name: _tree.apply(_alias, tree) for name, tree in at.items()}
-    with torch.enable_grad(), _PlainAttention():
+    with Recording(), PlainAttention():
         result, after = function(points)
 
     def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
         wanted = {name: points[name] for name in names}
-        return _pulled(result, cotangent, wanted, retain=True, again=torch.is_grad_enabled())
+        return pulled(result, cotangent, wanted, retain=True, again=torch.is_grad_enabled())
 
     return result, after, pull
 
 
-def _pulled(
+def pulled(
     result: Tree, cotangent: Tree, wanted: Mapping[str, Tree], *, retain: bool, again: bool
 ) -> Mapping[str, Tree]:
     """(∂result/∂wanted)ᵀ cotangent, by name; to be differentiated `again`, or not."""
@@ -118,7 +127,8 @@ def _pulled(
 def reverse_pass(
     outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], weights: tuple[Tensor, ...], *, retain: bool, again: bool
 ) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each.
+    """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each, nor its
+    log of nodes for those who debug torch.
 
     Where they have something to find, a shape that does not fit or a tensor that is not torch's own, they are made.
     """
@@ -127,7 +137,7 @@ def reverse_pass(
     for output, weight in zip(outputs, weights, strict=True):
         plain = plain and output.shape == weight.shape
     if plain:
-        return _engine_run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
+        return _run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
     return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
 
 
@@ -145,7 +155,7 @@ def pushforward(
         return lambda tangents: pushed(dict(tangents))[0]
     leaves = {name: _leaves(tree) for name, tree in at.items()}
     inputs = [(name, leaf) for name, tree in leaves.items() for leaf in _tree.leaves(tree)]
-    with torch.enable_grad():
+    with Recording():
         result = function(leaves)
         outputs = _tree.leaves(result)
         weights = [torch.zeros_like(output).requires_grad_() for output in outputs]
@@ -179,7 +189,7 @@ def gradients(
         assert isinstance(value, torch.Tensor)
         return pull(torch.ones_like(value), at), value, after
     leaves = {name: _leaves(tree) for name, tree in at.items()}
-    with torch.enable_grad():
+    with Recording():
         value, after = function(leaves)
     inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
     if not value.requires_grad or not inputs:
@@ -198,7 +208,7 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
     point = _leaves(at, keep=True)
-    with torch.enable_grad(), _PlainAttention():
+    with Recording(), PlainAttention():
         value, after = function(point)
         if not value.requires_grad:
             return None, value, after
@@ -220,12 +230,29 @@ def _linearise_by_transform(
 
 
 def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]], After]:
-    with _PlainAttention():  # the other kernels have no batching rule
+    with PlainAttention():  # the other kernels have no batching rule
         return cast("Any", torch.func.vjp(function, at, has_aux=True))
 
 
 @final
-class _PlainAttention:
+class Recording:
+    """Whether operations are recorded, inside: as `torch.enable_grad` and `torch.no_grad` do it, in a third of the time."""
+
+    __slots__ = ("_before", "_on")
+
+    def __init__(self, *, on: bool = True) -> None:
+        self._on = on
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        _record(self._on)
+
+    def __exit__(self, *exception: object) -> None:
+        _record(self._before)
+
+
+@final
+class PlainAttention:
     """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes ten times as long."""
 
     def __enter__(self) -> None:

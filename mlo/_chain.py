@@ -7,10 +7,11 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.nn.modules import module as modules
 
@@ -21,12 +22,89 @@ _FUNCTIONS: dict[type[nn.Module], Callable[[Any], Any]] = {nn.Sigmoid: torch.sig
 """What these layers do: their own `forward` finds it out at every call."""
 
 _CALL = nn.Module.__call__
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_is_wrapped: Callable[[Any], bool] = _C._functorch.is_functorch_wrapped_tensor
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+class Layer(NamedTuple):
+    """A linear layer as it was run: the names of its tensors, what went in, what came out, and their versions then."""
+
+    weight: str
+    bias: str | None
+    before: Tensor
+    after: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether what went in and what came out still hold the same numbers."""
+        return self.versions == (self.before._version, self.after._version)
+
+
+@final
+class Watched(dict[str, "Tensor"]):
+    """Leaves by name that learn whether a value depends on them through linear layers of a chain and in no other way.
+
+    Whoever hands one of them out, or uses it otherwise, says so by `elsewhere`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.layers: list[Layer] = []
+        self.elsewhere = False
+        self._handles: list[Any] = []
+        self._closed = False
+
+    def note(self, weight: str, bias: str | None, before: Any, after: Any) -> None:
+        """A linear layer was run, on tensors of these names."""
+        own = [name for name in (weight, bias) if name in self]
+        if self._closed or not own:
+            return  # it is run again for what a checkpoint let go of, or all of it is held fixed
+        whole = len(own) == (1 if bias is None else 2)
+        usual = not _is_unusual() and _is_plain(before) and _is_plain(after) and after.requires_grad
+        if whole and usual and before.dtype == after.dtype == self[weight].dtype:  # not under autocast
+            self.layers.append(Layer(weight, bias, before, after, (before._version, after._version)))
+        else:
+            self.elsewhere = True
+
+    def leave(self) -> None:
+        """A chain has been left. If it is differentiated before `close`, the value depends on its layers in other ways."""
+        if self.layers and not self.elsewhere:
+            self._handles.append(self.layers[-1].after.register_hook(self._differentiated))
+
+    def close(self) -> bool:
+        """The value is there: whether linear layers are all that it depends on, and those went through stayed the same."""
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        return bool(self.layers) and not self.elsewhere and all(layer.is_untouched for layer in self.layers)
+
+    def _differentiated(self, gradient: Tensor) -> None:
+        self.elsewhere = True
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor by itself: of no subclass, inside no transform of the objective's own."""
+    return type(tensor) is torch.Tensor and not _is_wrapped(tensor) and not tensor.is_inference()
+
+
+def _is_unusual() -> bool:
+    """Whether layers do more than they seem to.
+
+    In forward mode tensors carry tangents past what comes out of a layer; somebody may stand between functions and what they
+    do; and what a checkpoint would let go of must not be held.
+    """
+    return (
+        forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+        or _C._len_torch_function_stack() > 0
+        or _C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 @final
@@ -36,14 +114,18 @@ class Chain:
     def __init__(self, links: tuple[Callable[[Any], Any] | tuple[str, str | None], ...]) -> None:
         self._links = links
 
-    def __call__(self, tensors: Mapping[str, Tensor], x: Any) -> Any:
-        """What the module gives for one positional argument."""
+    def __call__(self, tensors: Mapping[str, Tensor], x: Any, watched: Watched | None = None) -> Any:
+        """What the module gives for one positional argument; `watched` learns of the linear layers."""
         for link in self._links:
             if isinstance(link, tuple):
                 weight, bias = link
-                x = linear(x, tensors[weight], None if bias is None else tensors[bias])
+                before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
+                if watched is not None:
+                    watched.note(weight, bias, before, x)
             else:
                 x = link(x)
+        if watched is not None:
+            watched.leave()
         return x
 
 
@@ -76,7 +158,7 @@ def is_observed() -> bool:
         or modules._global_backward_hooks  # pyright: ignore[reportPrivateUsage]
         or modules._global_backward_pre_hooks  # pyright: ignore[reportPrivateUsage]
         or nn.Module.__call__ is not _CALL
-        or torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
+        or _C._get_tracing_state()
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mlo import _engine, _random, _reading, _structure, _tree
-from mlo._autodiff import inside_transform
+from mlo._autodiff import Recording, inside_transform
 from mlo._backend import compiler
 from mlo._compiled import Compiler
 from mlo._constraint import Constraints
@@ -233,7 +233,7 @@ class _Undisturbed:
             )
         self._generators = _random.Preserved()
         self._generators.__enter__()
-        self._recording = nullcontext() if inside_transform() else torch.no_grad()
+        self._recording = nullcontext() if inside_transform() else Recording(on=False)
         self._recording.__enter__()
 
     def __exit__(self, *exception: object) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _dense, _random, _tree
-from mlo._autodiff import inside_transform, is_recorded, is_traced, linearise, refuse_drawing
+from mlo._autodiff import inside_transform, is_recorded, is_traced, known, linearise, refuse_drawing
 from mlo._chunks import Chunks
 from mlo._objective import options_of
 from mlo._partials import partials
@@ -19,8 +19,8 @@ from mlo._step import (
     Surroundings,
     connected,
     difference_of_reads,
-    followed,
     gradient_of_reads,
+    linearised,
     recorded,
     regrouped,
 )
@@ -64,25 +64,19 @@ class Linearisation(AbstractLinearisation):
         self._decays_any = not all(map(is_zero, self._decays.values()))
         self._looks = 0
         self._recorded = is_recorded((at.variables, *around.values.values()))
-        buffers = {**around.buffers, level.name: at.buffers}
         around.tally.gradients += 1
         self._chunks: Chunks | None = None
         if chunks > 1:
+            buffers = {**around.buffers, level.name: at.buffers}
             assert not self._recorded, "what is divided is not differentiated again"
             everything = {**around.values, level.name: at.variables}
             found, _, aftermath = partials(level, around.skeletons, everything, buffers, record, (level.name,))
-            self._gradient = connected(level, found.get(level.name))
+            whole = connected(level, found.get(level.name))
+            self._gradient = lambda: whole
             self._record = record.with_choices(aftermath.choices)
-            self._chunks = Chunks(level, around, at, self._record, chunks, self._gradient)
+            self._chunks = Chunks(level, around, at, self._record, chunks, whole)
             return
-
-        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, dict[str, Any]]:
-            values = {**around.values, **moving}
-            found, _, aftermath = followed(level, around, values, moving[level.name], buffers, record)
-            return connected(level, found), aftermath.choices
-
-        live = {name: around.values[name] for name in around.live}
-        self._gradient, choices, self._pull = linearise(gradient, {level.name: at.variables, **live})
+        self._gradient, choices, self._pull = linearised(level, around, at, record)
         self._record = record.with_choices(choices)
 
     @property
@@ -93,7 +87,7 @@ class Linearisation(AbstractLinearisation):
     @property
     def gradient(self) -> Tree:
         """What is linearised, with the decay, at the response: 0 at a solution."""
-        return self._decayed(self._gradient, self._at.variables)
+        return self._decayed(self._gradient(), self._at.variables)
 
     def hessian(self, direction: Tree) -> Tree:
         """See `AbstractLinearisation`."""
@@ -214,7 +208,7 @@ class Linearisation(AbstractLinearisation):
 
     def known(self, value: Tensor) -> float | None:
         """See `AbstractLinearisation`."""
-        return value.item() if value.is_cpu and not (inside_transform() or is_traced()) else None
+        return known(value)
 
     def report(self, name: str, value: Tensor) -> None:
         """See `AbstractLinearisation`."""

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from mlo._chain import chain_of, is_observed
+from mlo._chain import Watched, chain_of, is_observed
 from mlo._constraint import Constraints
 from mlo._errors import UserError
 from mlo._reduction import current_group
@@ -51,8 +51,21 @@ class Skeleton:
         """The numbers that objectives see, from those that the optimizer moves."""
         return variables if self._constraints is None else self._constraints.apply(variables)
 
+    @property
+    def may_be_watched(self) -> bool:
+        """Whether objectives see the very tensors that the optimizer moves, and a chain may be all that they go into."""
+        return (
+            self._constraints is None and not self._ties and any(chain is not None for chain in self._chains.values())
+        )
+
     def __call__(
-        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        training: bool,
+        watched: Watched | None = None,
     ) -> tuple[Any, Mapping[str, Tensor]]:
         """The module's output at `tensors`, its parameters and buffers by name, and what these are after the call.
 
@@ -69,7 +82,9 @@ class Skeleton:
         everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
         chain = self._chains[training]
         if chain is not None and len(args) == 1 and not kwargs and not is_observed():
-            return chain(everything, args[0]), everything
+            return chain(everything, args[0], watched), everything
+        if watched is not None:
+            watched.elsewhere = True
         places = self._places[training]
         stood = [(name, *places[name]) for name in everything]
         before = [table[key] for _, table, key in stood]
@@ -170,8 +185,11 @@ class ModuleVariables(Mapping[str, "Tensor"]):
         self._skeleton = skeleton
         self._parameters = parameters
         self._buffers = buffers
+        self._watched = parameters if type(parameters) is Watched else None
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._watched is not None:
+            self._watched.elsewhere = True
         return self._parameters[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -197,9 +215,13 @@ class ModuleVariables(Mapping[str, "Tensor"]):
 
     def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The module's output."""
+        if not self._buffers:
+            return self._skeleton(self._parameters, args, kwargs, training=training, watched=self._watched)[0]
         written = self._skeleton.written
         buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self._buffers.items()}
-        output, after = self._skeleton({**self._parameters, **buffers}, args, kwargs, training=training)
+        output, after = self._skeleton(
+            {**self._parameters, **buffers}, args, kwargs, training=training, watched=self._watched
+        )
         if training:
             self._buffers = {name: after[name] for name in buffers}
         return output

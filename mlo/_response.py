@@ -20,7 +20,7 @@ from mlo._step import Position, Step, Surroundings, connected, followed, joined,
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.hypergradient._unroll import replayed
-from mlo.optimizer import OptimizerState, has_closed_pullback, pulled_back_to_gradient, updated
+from mlo.optimizer import OptimizerState, has_closed_pullback, multiple_of_cotangent, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,6 +144,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     starts, again = list[Position](), list[Record]()
     kept: deque[Step] = deque(maxlen=max(1, tape.kept) if every == 1 else 1)
     rest = (records[-1], start.buffers)
+    closed = level.optimizer is not None and has_closed_pullback(level.optimizer)
     with torch.no_grad() if recording else nullcontext():
         fixed = _without_history(around) if recording else around
         tangents = at_rest(start, fixed) if tape.forward and not recording else []
@@ -151,7 +152,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
             if kept.maxlen == 1:
                 kept.clear()  # and its gradient, before there is another
             elif kept:
-                kept[-1] = kept[-1].without_gradient()
+                kept[-1] = kept[-1].bare(moments=recording or not closed)
             # A recorded response is pulled back towards other levels than it is taken for.
             compared = tape.compared and not recording and number == steps - 1
             position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
@@ -179,7 +180,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     )
     if begun < steps:
         one = steps - begun == 1 and not recording and not inside_transform()
-        if one and level.optimizer and has_closed_pullback(level.optimizer):
+        if one and closed:
             return _record_one(response, records[begun])
         return _record(response, records[begun:steps])
     return _with_history(response) if recording else response
@@ -203,9 +204,12 @@ def _record_one(before: Response, record: Record) -> Response:
     )
     variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
 
+    multiple = multiple_of_cotangent(optimizer, record.iteration, at.optimizer.count)
+    assert multiple is not None, "only SGD comes here"
+
     def pull_step(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
-        towards = pulled_back_to_gradient(optimizer, record.iteration, at.optimizer, cotangent)
-        return pull(towards, names, retain=retain)
+        found = pull(cotangent, names, retain=retain)  # κ comes last: there are fewer numbers than in the cotangent
+        return {name: _tree.scale(tree, by=multiple) for name, tree in found.items()}
 
     last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
     return replace(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from mlo._step import Position, Step, Surroundings, take
+from mlo.optimizer import has_closed_pullback
 
 if TYPE_CHECKING:
     from mlo._level import Level
@@ -26,6 +27,7 @@ class Retaken(Sequence[Step]):
     ) -> None:
         self._level, self._around, self._every = level, around, every
         self._starts, self._records = starts, records
+        self._moments = level.optimizer is None or not has_closed_pullback(level.optimizer)
         self._stretch: tuple[int, list[Step]] = (-1, [])
 
     def __len__(self) -> int:
@@ -43,7 +45,10 @@ class Retaken(Sequence[Step]):
 
     def _take(self, number: int) -> list[Step]:
         records = self._records[number * self._every : (number + 1) * self._every]
-        positions = [self._starts[number]]
-        for record in records[:-1]:
-            positions.append(take(self._level, positions[-1], self._around, record)[0])
-        return [Step(self._level, self._around, *pair, None) for pair in zip(positions, records, strict=True)]
+        at, steps = self._starts[number], list[Step]()
+        for record in records:
+            if steps:
+                at = take(self._level, at, self._around, steps[-1].record)[0]
+                steps[-1] = steps[-1].bare(moments=self._moments)
+            steps.append(Step(self._level, self._around, at, record, None))
+        return steps

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import torch
 
 from mlo import _tree
-from mlo._autodiff import grouped, leaf_of, reverse_pass
+from mlo._autodiff import Recording, grouped, leaf_of, reverse_pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def gradient_at_first(
 
     What the function shares is computed, with its history, and kept.
     """
-    with torch.enable_grad():
+    with Recording():
         value, after = function(shared.leaves, shared.first, shared)
     if not value.requires_grad:
         return {}, value.detach(), after
@@ -110,7 +110,7 @@ def difference(
     fresh, shared.used = not shared.pairs, True
     inputs = [leaf for tree in shared.leaves.values() for leaf in _tree.leaves(tree)]
     total: list[Tensor | None] = [None] * len(inputs)
-    with torch.enable_grad():
+    with Recording():
         for place, sign in ((above, 1.0), (below, -1.0)):
             value, _ = function(shared.leaves, place, shared)
             everything = [*inputs, *(leaf for _, leaf in shared.pairs)]

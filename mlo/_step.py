@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
-
-import torch
+from typing import TYPE_CHECKING, Any, final
 
 from mlo import _tree
-from mlo._autodiff import inside_transform, is_recorded, linearise, recorded_gradient
+from mlo._autodiff import Recording, inside_transform, is_recorded, is_traced, known, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
+from mlo._factored import linearised_gradient
 from mlo._objective import Aftermath, Record, evaluate, options_of, shares
 from mlo._partials import difference_of_partials, partials, shared_partials
 from mlo._reading import reads_live
 from mlo._reduction import current_group, reduced_trees
 from mlo._shared import Shared
 from mlo.hypergradient import AbstractStep
-from mlo.optimizer import OptimizerState, pulled_back, updated
+from mlo.optimizer import OptimizerState, multiple_of_cotangent, pulled_back, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +88,8 @@ class Surroundings:
 class Step(AbstractStep):
     """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for.
 
+    Of the others the moments are not kept either, where their numbers do not matter for the pullback: see `bare`.
+
     `shared` is what its evaluation computed that others need as well, for one pullback; others compute it again.
     """
 
@@ -99,9 +100,12 @@ class Step(AbstractStep):
     gradient: Tree | None
     shared: Shared | None = None
 
-    def without_gradient(self) -> Step:
-        """The same, with nothing kept that can be evaluated again."""
-        return Step(self.level, self.around, self.at, self.record, None)
+    def bare(self, *, moments: bool) -> Step:
+        """The same, with nothing kept that can be evaluated again. Without `moments` only a closed form pulls it back."""
+        at = self.at
+        if not moments:
+            at = Position(at.variables, at.buffers, OptimizerState(at.optimizer.count))
+        return Step(self.level, self.around, at, self.record, None)
 
     @property
     def start(self) -> Tree:
@@ -118,9 +122,9 @@ class Step(AbstractStep):
             found, _, _ = followed(self.level, self.around, self.around.values, self.start, buffers, self.record)
             gradient = connected(self.level, found)
         else:
-            known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, {})
-            if known is not None:
-                return known[0]
+            closed = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, {})
+            if closed is not None:
+                return closed[0]
             if gradient is None:
                 gradient = take(self.level, self.at, self.around, self.record)[1].gradient
         assert gradient is not None
@@ -133,6 +137,15 @@ class Step(AbstractStep):
         _, _, pull = linearise(update, {"": gradient})
         return pull(cotangent, ("",))[""]
 
+    @property
+    def multiple(self) -> float | Tensor | None:
+        """See `AbstractStep`. None where it is recorded."""
+        optimizer = self.level.optimizer
+        assert optimizer is not None
+        if is_recorded((self.start, *self.around.values.values())):
+            return None
+        return multiple_of_cotangent(optimizer, self.record.iteration, self.at.optimizer.count)
+
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """See `AbstractStep`."""
         return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
@@ -141,33 +154,31 @@ class Step(AbstractStep):
         """See `AbstractStep`. What the objective shares is computed once."""
         return difference_of_reads(self.level, self.around, (above, below), self.at, self.record, self.shared)
 
+    def known(self, value: Tensor) -> float | None:
+        """See `AbstractLinearisation`."""
+        return known(value)
+
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:
         """See `AbstractStep`. First the update is pulled back, at the gradient it was given, then that gradient."""
         level, around, optimizer = self.level, self.around, self.level.optimizer
         assert optimizer is not None
         around.tally.gradients += 1
         around.tally.products += 1
-        buffers = {**around.buffers, level.name: self.at.buffers}
-
-        def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[()]]:
-            values = {**around.values, **moving}
-            found, _, _ = followed(level, around, values, moving[level.name], buffers, self.record)
-            return connected(level, found), ()
-
-        live = {name: around.values[name] for name in around.live}
-        evaluated, _, pull = linearise(gradient, {level.name: self.start, **live})
-        known = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
-        if (
-            known is None and current_group() is not None
-        ):  # the update is the same in every process, as its gradient was
-            evaluated = reduced_trees({"": evaluated}, self.record.batch, level.name)[0][""]
-        read = {name: live[name] for name in {option.level for _, option in reads_live(optimizer, live)}}
-        towards_gradient, before, own, options = known or self._pull_whole_update(evaluated, cotangent, moments, read)
-        pulled = pull(towards_gradient, (level.name, *live))
+        evaluated, _, pull = linearised(level, around, self.at, self.record)
+        closed = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
+        if closed is None:
+            gradient = evaluated()
+            if current_group() is not None:  # the update is the same in every process, as its gradient was
+                gradient = reduced_trees({"": gradient}, self.record.batch, level.name)[0][""]
+            names = {option.level for _, option in reads_live(optimizer, around.live)}
+            read = {name: around.values[name] for name in names}
+            closed = self._pull_whole_update(gradient, cotangent, moments, read)
+        towards_gradient, before, own, options = closed
+        pulled = pull(towards_gradient, (level.name, *around.live))
         found, _ = reduced_trees(pulled, self.record.batch, level.name)
         if level.name in found:
             own = _tree.add(own, found[level.name])
-        upstream = {name: found[name] for name in live if name in found}
+        upstream = {name: found[name] for name in around.live if name in found}
         for name, tree in options.items():
             upstream[name] = _tree.add(upstream[name], tree) if name in upstream else tree
         return own, before, upstream
@@ -269,11 +280,42 @@ def followed(
             return evaluate(level, around.skeletons, {**values, level.name: own}, buffers, record)
 
         return recorded_gradient(objective, own)
-    with torch.enable_grad():
+    with Recording():
         point = _tree.apply(lambda tensor: tensor if tensor.requires_grad else tensor.detach().requires_grad_(), own)
         everything = {**values, level.name: point}
         found, loss, aftermath = around.nest.partials(everything, buffers, record, (level.name,), around.tally)
     return found.get(level.name), loss, aftermath
+
+
+def linearised(
+    level: Level, around: Surroundings, at: Position, record: Record
+) -> tuple[Callable[[], Tree], Mapping[Any, Any], Callable[..., Upstream]]:
+    """The gradient that `level` follows where it stands `at`, linearised in its own variables and in the live levels.
+
+    What gives it, the choices that were made, and its pullback: see `mlo._autodiff.linearise`. One gradient. Raises
+    `GraphError` where there is none.
+    """
+    buffers = {**around.buffers, level.name: at.buffers}
+    places = {level.name: at.variables, **{name: around.values[name] for name in around.live}}
+    skeleton = around.skeletons.get(level.name)
+    outermost = around.nest is None and not (inside_transform() or is_traced() or is_recorded(places.values()))
+    if outermost and skeleton is not None and skeleton.may_be_watched:
+
+        def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
+            return evaluate(level, around.skeletons, {**around.values, **moving}, buffers, record)
+
+        evaluated, aftermath, pull = linearised_gradient(objective, places, level.name)
+        if evaluated is None:
+            raise _disconnected(level)
+        return evaluated, aftermath.choices, pull
+
+    def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, Mapping[Any, Any]]:
+        values = {**around.values, **moving}
+        found, _, aftermath = followed(level, around, values, moving[level.name], buffers, record)
+        return connected(level, found), aftermath.choices
+
+    found, choices, pull = linearise(gradient, places)
+    return lambda: found, choices, pull
 
 
 def gradient_of_reads(level: Level, around: Surroundings, variables: Tree, at: Position, record: Record) -> Upstream:
@@ -313,8 +355,10 @@ def _unshared(around: Surroundings) -> bool:
 def connected(level: Level, gradient: Tree | None) -> Tree:
     """`gradient`, which is None where the objective of `level` does not depend on the level's own variables."""
     if gradient is None:
-        advice = f"does it read values['{level.name}'], outside `no_grad` and `detach`?"
-        raise GraphError(
-            [Mistake(level.name, "objective", f"it does not depend on the level's own variables; {advice}")]
-        )
+        raise _disconnected(level)
     return gradient
+
+
+def _disconnected(level: Level) -> GraphError:
+    advice = f"does it read values['{level.name}'], outside `no_grad` and `detach`?"
+    return GraphError([Mistake(level.name, "objective", f"it does not depend on the level's own variables; {advice}")])

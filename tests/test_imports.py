@@ -23,7 +23,7 @@ LAYERS = [
     {"mlo._patterns", "mlo._random", "mlo._score_function", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._backend", "mlo._chain", "mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
-    {"mlo._level", "mlo._reading", "mlo._shared", "mlo._state"},
+    {"mlo._factored", "mlo._level", "mlo._reading", "mlo._shared", "mlo._state"},
     {"mlo._flat", "mlo._objective", "mlo._plan"},
     {"mlo._partials"},
     {"mlo._step"},

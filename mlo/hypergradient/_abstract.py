@@ -196,6 +196,11 @@ class AbstractStep(ABC):
     def pull_update(self, cotangent: Tree) -> Tree:
         """(∂w'/∂g)ᵀ λ, by the optimizer's own update at the gradient g it was given."""
 
+    @property
+    def multiple(self) -> float | Tensor | None:
+        """κ where `pull_update` gives κλ for every λ, as it does for SGD, whose update is linear; None elsewhere."""
+        return None
+
     @abstractmethod
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
@@ -204,6 +209,10 @@ class AbstractStep(ABC):
         """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
         first, second = self.gradient_of_reads(above), self.gradient_of_reads(below)
         return {name: _tree.subtract(first[name], second[name]) for name in first}
+
+    def known(self, value: Tensor) -> float | None:
+        """See `AbstractLinearisation`."""
+        return None
 
     @abstractmethod
     def replay(self, cotangent: Tree, moments: Upstream) -> tuple[Tree, Upstream, Upstream]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
-from mlo.hypergradient._abstract import AbstractCross, AbstractLinearisation, Cost
+from mlo.hypergradient._abstract import AbstractCross, AbstractLinearisation, AbstractStep, Cost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from torch import Tensor
 
     from mlo._types import Tree, Upstream
 
@@ -57,14 +57,24 @@ class CentralDifference(AbstractCross):
 
     def product(self, at: AbstractLinearisation, direction: Tree) -> Upstream:
         """See the class."""
-        return central_difference(at.difference_of_reads, at.variables, direction, self.radius)
+        return central_difference(at, at.variables, direction, self.radius)
 
 
 def central_difference(
-    difference_of_reads: Callable[[Tree, Tree], Upstream], start: Tree, direction: Tree, radius: float
+    at: AbstractLinearisation | AbstractStep,
+    start: Tree,
+    direction: Tree,
+    radius: float,
+    *,
+    scale: float | Tensor = 1.0,
 ) -> Upstream:
-    """(∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0. ε is not differentiated."""
+    """scale · (∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0.
+
+    ε is not differentiated. Where it is a number, each side is one pass over the variables, and two where it is a tensor.
+    """
     length = _tree.norm(_tree.detach(direction))
-    epsilon = radius / (length + (length == 0))  # any ε will do where q = 0: both sides are then the same
+    known = at.known(length)
+    # Any ε will do where q = 0: both sides are then the same.
+    epsilon = radius / (length + (length == 0)) if known is None else radius / (known or 1.0)
     places = (_tree.add(start, direction, scale=sign * epsilon) for sign in (1, -1))
-    return {name: _tree.scale(tree, by=0.5 / epsilon) for name, tree in difference_of_reads(*places).items()}
+    return {name: _tree.scale(tree, by=0.5 * scale / epsilon) for name, tree in at.difference_of_reads(*places).items()}

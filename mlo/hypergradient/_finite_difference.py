@@ -62,4 +62,7 @@ class FiniteDifference(AbstractHypergradient):
         if not response.steps:
             return {}
         step = response.taken()[-1]
-        return central_difference(step.difference_of_reads, step.start, step.pull_update(cotangent), self.radius)
+        multiple = step.multiple
+        if multiple is None:
+            return central_difference(step, step.start, step.pull_update(cotangent), self.radius)
+        return central_difference(step, step.start, cotangent, self.radius, scale=multiple)

@@ -9,8 +9,8 @@ from mlo.optimizer._apply import is_decoupled as is_decoupled
 from mlo.optimizer._apply import l2_decays as l2_decays
 from mlo.optimizer._apply import updated as updated
 from mlo.optimizer._pullback import has_closed_pullback as has_closed_pullback
+from mlo.optimizer._pullback import multiple_of_cotangent as multiple_of_cotangent
 from mlo.optimizer._pullback import pulled_back as pulled_back
-from mlo.optimizer._pullback import pulled_back_to_gradient as pulled_back_to_gradient
 from mlo.optimizer._read import Read as Read
 from mlo.optimizer._read import options_read as options_read
 from mlo.optimizer._rmsprop import RMSprop as RMSprop

@@ -13,6 +13,7 @@ from mlo.optimizer._sgd import SGD
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
+    from mlo.optimizer._arithmetic import Setting
 
 
 def has_closed_pullback(optimizer: AbstractOptimizer) -> bool:
@@ -31,35 +32,53 @@ def pulled_back(
         b̄' = m − η λ,                 ḡ = c b̄'                   (Nesterov: b̄' = m − η·momentum·λ,  ḡ = c b̄' − η λ)
         b̄ = momentum · b̄',            w̄ = λ + decay · ḡ
 
-    The same numbers as automatic differentiation, without evaluating the update. The last are those on levels that
-    options are read from: none. None for other optimizers, see `has_closed_pullback`.
+    The same numbers as automatic differentiation, without evaluating the update: of `state` the count alone is asked for.
+    The last are those on levels that options are read from: none. None for other optimizers, see `has_closed_pullback`.
     """
     if not has_closed_pullback(optimizer):
         return None
     now = at(optimizer, iteration)
     assert isinstance(now, SGD)
-    direction, velocity = _pulled(now, state, cotangent, moments)
+    direction, velocity = _pulled(now, _has_momentum(optimizer), state.count, cotangent, moments)
     before: Upstream = {} if velocity is None else {"momentum": _tree.scale(velocity, by=plain(now.momentum))}
     decay = plain(now.weight_decay)
     return direction, before, _tree.add(cotangent, direction, scale=decay) if not is_zero(decay) else cotangent, {}
 
 
-def pulled_back_to_gradient(
-    optimizer: AbstractOptimizer, iteration: int, state: OptimizerState, cotangent: Tree
-) -> Tree:
-    """The first of what `pulled_back` gives, where it knows the formula: ḡ for λ on w' and nothing on the moments."""
+def multiple_of_cotangent(optimizer: AbstractOptimizer, iteration: int, count: int) -> Setting | None:
+    """κ where a step of `updated`, the `count`-th from 0, pulls λ on w' back to ḡ = κλ on its gradient.
+
+    With nothing on the moments, of SGD with c as in `pulled_back`: κ = −cη, and −η(1 + momentum) with Nesterov's method.
+    None for other optimizers, see `has_closed_pullback`.
+    """
+    if not has_closed_pullback(optimizer):
+        return None
     now = at(optimizer, iteration)
     assert isinstance(now, SGD)
-    return _pulled(now, state, cotangent, {})[0]
+    rate = plain(now.learning_rate)
+    if now.nesterov:
+        return -rate * (1.0 + plain(now.momentum))
+    undampened = count == 0 or not _has_momentum(optimizer)
+    return -rate if undampened else -rate * (1.0 - plain(now.dampening))
 
 
-def _pulled(now: SGD, state: OptimizerState, cotangent: Tree, moments: Upstream) -> tuple[Tree, Tree | None]:
+def _has_momentum(optimizer: AbstractOptimizer) -> bool:
+    """Whether there is a momentum buffer, as `SGD.init` decides."""
+    assert isinstance(optimizer, SGD)
+    return not is_zero(optimizer.momentum)
+
+
+def _pulled(now: SGD, has_momentum: bool, count: int, cotangent: Tree, moments: Upstream) -> tuple[Tree, Tree | None]:
     """ḡ and b̄' of `pulled_back`; without momentum there is no b̄'."""
-    direction = _tree.scale(cotangent, by=-plain(now.learning_rate))
-    if "momentum" not in state.moments:
+    rate = plain(now.learning_rate)
+    weight = 1.0 if count == 0 else 1.0 - plain(now.dampening)
+    if has_momentum and not now.nesterov and "momentum" in moments:
+        velocity = _tree.add(moments["momentum"], cotangent, scale=-rate)
+        return velocity if is_one(weight) else _tree.scale(velocity, by=weight), velocity
+    direction = _tree.scale(cotangent, by=-rate)
+    if not has_momentum:
         return direction, None
     velocity = _tree.scale(direction, by=plain(now.momentum)) if now.nesterov else direction
     velocity = _tree.add(moments["momentum"], velocity) if "momentum" in moments else velocity
-    weight = 1.0 if state.count == 0 else 1.0 - plain(now.dampening)
     reached = velocity if is_one(weight) else _tree.scale(velocity, by=weight)
     return _tree.add(direction, reached) if now.nesterov else reached, velocity
