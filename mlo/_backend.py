@@ -31,7 +31,7 @@ _aten: Any = torch.ops.aten
 
 
 def compiler() -> str:
-    """The backend of `torch.compile`: inductor, or eager where there is no C++ compiler for it."""
+    """The backend where none is asked for: inductor, or eager where there is no C++ compiler for it."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -84,7 +84,9 @@ def fuse_products(module: GraphModule) -> None:
                 _replace(node, graph.call_function(_aten.add.Tensor, (product, bias)))
     for node in graph.find_nodes(op="call_function", target=_aten.mm.default):
         one, two = node.args
-        (rows, inner), (_, columns) = _shape(one), _shape(two)
+        (rows, inner), (_, columns) = one.meta["val"].shape, two.meta["val"].shape
+        if not node.meta["val"].is_floating_point():
+            continue  # sums of integers are of another type
         with graph.inserting_before(node):
             if inner == 1:
                 _replace(node, graph.call_function(_aten.mul.Tensor, (one, two)))
@@ -103,10 +105,6 @@ def _replace(node: Node, other: Node) -> None:
     other.meta = dict(node.meta)
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)
-
-
-def _shape(node: Any) -> tuple[int, int]:
-    return tuple(node.meta["val"].shape)
 
 
 def _first_run_watched(run: Callable[..., Any]) -> Callable[..., Sequence[Tensor]]:

@@ -41,7 +41,7 @@ class Graph:
 
     The order in which levels are listed changes nothing.
 
-    With `compile=True`, `step` takes whole iterations through `torch.compile`: the same numbers up to rounding, after a
+    With `compile=True`, `step` takes whole iterations through torch's inductor: the same numbers up to rounding, after a
     minute or so at the second step, and again for every other set of levels that are due and every other shape of batches.
     The first iteration of a level is taken without. Where torch finds no C++ compiler, and with `compile="eager"`, the
     traced operations are run one by one; any other name is that of a backend of `torch.compile`. What a trace would hold
@@ -76,7 +76,7 @@ class Graph:
 
     @property
     def compiles_with(self) -> str | None:
-        """The backend of `torch.compile`; `eager` where there is no C++ compiler; None where steps are not compiled."""
+        """Inductor or another backend; `eager` where there is no C++ compiler; None where steps are not compiled."""
         return self._compiler and self._compiler.backend
 
     @property
