@@ -84,9 +84,10 @@ def fuse_products(module: GraphModule) -> None:
                 _replace(node, graph.call_function(_aten.add.Tensor, (product, bias)))
     for node in graph.find_nodes(op="call_function", target=_aten.mm.default):
         one, two = node.args
-        (rows, inner), (_, columns) = one.meta["val"].shape, two.meta["val"].shape
-        if not node.meta["val"].is_floating_point():
-            continue  # sums of integers are of another type
+        known = [each.meta.get("val") for each in (node, one, two)]
+        if not all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in known):
+            continue  # sums of integers are of another type, and constants may be sparse
+        (rows, inner), (_, columns) = known[1].shape, known[2].shape
         with graph.inserting_before(node):
             if inner == 1:
                 _replace(node, graph.call_function(_aten.mul.Tensor, (one, two)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, final
+from weakref import ref
 
 import torch
 from torch import nn
@@ -47,6 +48,10 @@ class Layer(NamedTuple):
         return self.versions == (self.before._version, self.after._version)
 
 
+IMAGES = 2
+"""How many numbers may come out of the layers that are watched, in copies of the leaves: as many go through them again."""
+
+
 @final
 class Watched(dict[str, "Tensor"]):
     """Leaves by name that learn whether a value depends on them through linear layers of a chain and in no other way.
@@ -73,25 +78,41 @@ class Watched(dict[str, "Tensor"]):
         else:
             self.elsewhere = True
 
-    def leave(self) -> None:
-        """A chain has been left. If it is differentiated before `close`, the value depends on its layers in other ways."""
-        if self.layers and not self.elsewhere:
-            self._handles.append(self.layers[-1].after.register_hook(self._differentiated))
+    def left(self, x: Any) -> Any:
+        """What a chain gives in place of `x`, which came out of it.
 
-    def close(self) -> bool:
-        """The value is there: whether linear layers are all that it depends on, and those went through stayed the same."""
-        self._closed = True
+        If it is differentiated before `close`, the value depends on its layers in other ways. Nobody is given the tensor
+        itself that came out of a layer: a hook on it would change what is found there.
+        """
+        if self._closed or not self.layers or self.elsewhere:
+            return x
+        reference = ref(self)  # a hook is out of the sight of Python's collector
+
+        def differentiated(gradient: Tensor) -> None:
+            watched = reference()
+            if watched is not None:
+                watched.elsewhere = True
+
+        last = self.layers[-1].after
+        self._handles.append(last.register_hook(differentiated))
+        return x.clone() if x is last else x
+
+    def close(self) -> list[Layer]:
+        """The value is there: the layers it depends on, if there is nothing else and what went through them stayed the same.
+
+        Nothing where more would be held than `IMAGES` copies of the leaves.
+        """
         for handle in self._handles:
             handle.remove()
-        return bool(self.layers) and not self.elsewhere and all(layer.is_untouched for layer in self.layers)
-
-    def _differentiated(self, gradient: Tensor) -> None:
-        self.elsewhere = True
+        layers, self.layers, self._handles, self._closed = self.layers, [], [], True
+        small = sum([layer.after.numel() for layer in layers]) <= IMAGES * sum([leaf.numel() for leaf in self.values()])
+        return layers if small and not self.elsewhere and all(layer.is_untouched for layer in layers) else []
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor by itself: of no subclass, inside no transform of the objective's own."""
-    return type(tensor) is torch.Tensor and not _is_wrapped(tensor) and not tensor.is_inference()
+    """Whether it is a tensor by itself: of no subclass, inside no transform, dense and real."""
+    plain = type(tensor) is torch.Tensor and not _is_wrapped(tensor) and not tensor.is_inference()
+    return plain and tensor.layout is torch.strided and tensor.is_floating_point()
 
 
 def _is_unusual() -> bool:
@@ -124,9 +145,7 @@ class Chain:
                     watched.note(weight, bias, before, x)
             else:
                 x = link(x)
-        if watched is not None:
-            watched.leave()
-        return x
+        return x if watched is None else watched.left(x)
 
 
 def chain_of(module: nn.Module) -> Chain | None:

@@ -120,10 +120,7 @@ class Iteration:
             for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
             if upper in arrived
         }
-        if direct is None:
-            nothing = _tree.apply(_zeros, values[upper])
-            return Parts(direct=nothing, through=through, has_direct=False), loss, aftermath
-        return Parts(direct=direct, through=through), loss, aftermath
+        return Parts(partial=direct, through=through, like=values[upper]), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
         """A level takes its steps, and what it did is noted; below one in the middle, so is what they lead to.
@@ -277,10 +274,6 @@ class Iteration:
 
 _UNMOVED = OptimizerState()
 _IS_CPU, _REQUIRES_GRAD = attrgetter("is_cpu"), attrgetter("requires_grad")
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _in_one(numbers: Sequence[Tensor]) -> Tensor:

@@ -10,15 +10,15 @@ gradient: of a step that is evaluated again that is one matrix product a layer l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar, final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 import torch
 from torch.nn.functional import linear
 
 from mlo import _tree
-from mlo._autodiff import PlainAttention, Recording, grouped, leaf_of, pulled, reverse_pass
-from mlo._chain import Layer, Watched
+from mlo._autodiff import PlainAttention, Recording, grouped, inside_transform, leaf_of, pulled, reverse_pass
+from mlo._chain import Watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +41,17 @@ def linearised_gradient(
     places[own] = watched = Watched(_tree.named(places[own]))
     with Recording(), PlainAttention():
         value, after = function(places)
-        factored = watched.close()
+        layers = watched.close()
         one = (torch.ones_like(value),)
         if not value.requires_grad:
             return None, after, _nothing
-        if factored:
-            ends = [layer.after for layer in watched.layers]
-            found = reverse_pass((value,), ends, one, retain=True, again=True)
-            pairs = [(layer, delta) for layer, delta in zip(watched.layers, found, strict=True) if delta is not None]
+        if layers:
+            found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
+            pairs = [
+                _Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta)
+                for layer, delta in zip(layers, found, strict=True)
+                if delta is not None
+            ]
             factors = _Factors(watched, pairs, places)
             return factors.multiplied if pairs else None, after, factors.pull
         found = reverse_pass((value,), list(watched.values()), one, retain=True, again=True)
@@ -68,31 +71,50 @@ def _nothing(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> 
     return {}
 
 
+class _Pair(NamedTuple):
+    """The gradient of a linear layer: the names of its tensors, what went into it with its version, and δ."""
+
+    weight: str
+    bias: str | None
+    before: Tensor
+    version: int
+    delta: Tensor
+
+    def multiplied(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """Both gradients, by name."""
+        rows, columns = (part.flatten(0, -2) if part.dim() > 1 else part[None] for part in (delta, before))
+        found = {self.weight: rows.mT @ columns}
+        return found if self.bias is None else {**found, self.bias: rows.sum(0)}
+
+
 @final
 class _Factors:
-    """A gradient as pairs of a layer and δ, a recorded function of `places`."""
+    """A gradient as pairs of what goes into a layer and δ, recorded functions of `places`."""
 
-    def __init__(
-        self, leaves: Mapping[str, Tensor], pairs: list[tuple[Layer, Tensor]], places: Mapping[str, Tree]
-    ) -> None:
-        self._leaves, self._places = leaves, places
-        self._factors = [(layer, delta, delta.detach()) for layer, delta in pairs]
+    def __init__(self, leaves: Mapping[str, Tensor], pairs: Sequence[_Pair], places: Mapping[str, Tree]) -> None:
+        self._leaves, self._pairs, self._places = leaves, pairs, places
 
     def pull(self, cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
         """d⟨δ, aVᵀ + v⟩ is ⟨dδ, aVᵀ + v⟩ + ⟨δ, da Vᵀ⟩: one reverse pass from both."""
-        weights = _tree.named(cotangent)
-        outputs, arrived = list["Tensor"](), list["Tensor"]()
-        for layer, delta, numbers in self._factors:
+        weights, wanted = _tree.named(cotangent), {name: self._places[name] for name in names}
+        if inside_transform():  # of a method's own: its directions are batched, and what is recorded is not
             with Recording():
-                bias = None if layer.bias is None else weights[layer.bias]
-                image = linear(layer.before, weights[layer.weight], bias)
+                gradient = self._product([(pair, pair.delta, pair.before) for pair in self._pairs])
+            return pulled(gradient, cotangent, wanted, retain=True, again=False)
+        outputs, arrived = list["Tensor"](), list["Tensor"]()
+        for weight, bias, before, version, delta in self._pairs:
+            if before._version != version:
+                raise RuntimeError(
+                    "what went into a linear layer has been changed in place before it was pulled back to"
+                )
+            with Recording():
+                image = linear(before, weights[weight], None if bias is None else weights[bias])
             if delta.requires_grad:
                 outputs.append(delta)
                 arrived.append(image.detach())
             if image.requires_grad:
                 outputs.append(image)
-                arrived.append(numbers)
-        wanted = {name: self._places[name] for name in names}
+                arrived.append(delta.detach())
         inputs = [leaf for tree in wanted.values() for leaf in _tree.leaves(tree)]
         if not outputs or not inputs:
             return {}
@@ -100,10 +122,13 @@ class _Factors:
 
     def multiplied(self) -> Tree:
         """The gradient itself."""
-        total = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in self._leaves.items()}
-        for layer, _, delta in self._factors:
-            rows = delta.reshape(-1, delta.shape[-1])
-            total[layer.weight].addmm_(rows.mT, layer.before.detach().reshape(len(rows), -1))
-            if layer.bias is not None:
-                total[layer.bias].add_(rows.sum(0))
-        return total
+        return self._product([(pair, pair.delta.detach(), pair.before.detach()) for pair in self._pairs])
+
+    def _product(self, factors: Iterable[tuple[_Pair, Tensor, Tensor]]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for pair, delta, before in factors:
+            for name, tensor in pair.multiplied(delta, before).items():
+                total[name] = total[name] + tensor if name in total else tensor
+        return {
+            name: total[name] if name in total else leaf.new_zeros(leaf.shape) for name, leaf in self._leaves.items()
+        }

@@ -95,9 +95,11 @@ class Nest(AbstractNest):
         }
         own = self.level.name
         if own in total:
-            direct_part = _tree.detach(found[own]) if own in found else _tree.zeros(_tree.detach(values[own]))
+            partial = _tree.detach(found[own]) if own in found else None
             arrived = {name: _tree.detach(trees[own]) for name, trees in through.items() if own in trees}
-            aftermath = aftermath._replace(parts=(Parts(direct=direct_part, through=arrived),))
+            aftermath = aftermath._replace(
+                parts=(Parts(partial=partial, through=arrived, like=_tree.detach(values[own])),)
+            )
         return total, loss, aftermath._replace(choices={**aftermath.choices, **choices})
 
     def partials_of_step(

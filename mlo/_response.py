@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
@@ -165,6 +165,12 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
                     starts.append(last.at)
             losses.append(loss)
             aftermaths.append(aftermath)
+    found: _Recorded | None = None
+    if begun < steps:
+        one = closed and steps - begun == 1 and not recording and not inside_transform()
+        found = (_record_one if one else _record)(level, around, position, records[begun:steps])
+        position, losses, aftermaths = found.end, [*losses, *found.losses], [*aftermaths, *found.aftermaths]
+        kept, rest = deque([found.last]), (found.last.record, found.last.at.buffers)
     response = Response(
         level=level,
         end=position,
@@ -175,22 +181,27 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         rest=rest,
         begin=start,
         records=tuple(records),
-        recorded=replaced,
+        recorded=replaced if found is None else steps - begun,
+        pull=None if found is None else found.pull,
         tangents=tuple(tangents),
     )
-    if begun < steps:
-        one = steps - begun == 1 and not recording and not inside_transform()
-        if one and closed:
-            return _record_one(response, records[begun])
-        return _record(response, records[begun:steps])
-    return _with_history(response) if recording else response
+    return _with_history(response) if recording and found is None else response
 
 
-def _record_one(before: Response, record: Record) -> Response:
+class _Recorded(NamedTuple):
+    """Steps whose graph was kept: where they led, what they left, the last by itself, and how to pull back."""
+
+    end: Position
+    losses: Sequence[Tensor]
+    aftermaths: Sequence[Aftermath]
+    last: Step
+    pull: Callable[..., Upstream]
+
+
+def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Recorded:
     """`_record` of one step whose update has a pullback in closed form: only its gradient needs a graph."""
-    level, around, at = before.level, before.around, before.end
     around.tally.gradients += 1
-    optimizer = level.optimizer
+    (record,), optimizer = records, level.optimizer
     assert optimizer is not None
 
     def followed_gradient(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Tensor, Aftermath]]:
@@ -203,7 +214,6 @@ def _record_one(before: Response, record: Record) -> Response:
         followed_gradient, {name: around.values[name] for name in around.live}
     )
     variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
-
     multiple = multiple_of_cotangent(optimizer, record.iteration, at.optimizer.count)
     assert multiple is not None, "only SGD comes here"
 
@@ -212,21 +222,11 @@ def _record_one(before: Response, record: Record) -> Response:
         return {name: _tree.scale(tree, by=multiple) for name, tree in found.items()}
 
     last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
-    return replace(
-        before,
-        end=Position(variables, aftermath.buffers, state),
-        losses=(*before.losses, loss),
-        aftermaths=(*before.aftermaths, aftermath),
-        kept=(last,),
-        rest=(last.record, at.buffers),
-        recorded=1,
-        pull=pull_step,
-    )
+    return _Recorded(Position(variables, aftermath.buffers, state), (loss,), (aftermath,), last, pull_step)
 
 
-def _record(before: Response, records: Sequence[Record]) -> Response:
-    """Take further steps after `before` and keep their graph with respect to the live levels, with the last by itself."""
-    level, around, start = before.level, before.around, before.end
+def _record(level: Level, around: Surroundings, start: Position, records: Sequence[Record]) -> _Recorded:
+    """Take steps and keep their graph with respect to the live levels."""
     around.tally.gradients += len(records)
     optimizer = level.optimizer
     assert optimizer is not None
@@ -256,16 +256,7 @@ def _record(before: Response, records: Sequence[Record]) -> Response:
     aftermaths = [Aftermath(*each)._replace(parts=part) for each, part in zip(left, parts, strict=True)]
     at = _position(stood, count - 1)
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
-    return replace(
-        before,
-        end=_position((variables, *end), count),
-        losses=(*before.losses, *losses),
-        aftermaths=(*before.aftermaths, *aftermaths),
-        kept=(last,),
-        rest=(last.record, last.at.buffers),
-        recorded=len(records),
-        pull=pull,
-    )
+    return _Recorded(_position((variables, *end), count), losses, aftermaths, last, pull)
 
 
 def _left(at: Position) -> tuple[Mapping[str, Tensor], Mapping[str, Tree]]:

@@ -78,12 +78,24 @@ class Parts:
     - `direct`: the partial gradient of the objective in the upper level's own variables.
     - `through`: what arrives over the response of each level as the last arrow, (∂w*/∂u)ᵀ λ with the whole cotangent λ on
       that response.
-    - `has_direct`: false where the objective does not read the upper level's own variables, and `direct` is zero.
+    - `has_direct`: false where the objective does not read the upper level's own variables: `partial` is None, and `direct`
+      zero.
+    - `like`: the variables of the upper level.
     """
 
-    direct: Tree
+    partial: Tree | None
     through: Mapping[str, Tree]
-    has_direct: bool = True
+    like: Tree
+
+    @property
+    def has_direct(self) -> bool:
+        """See the class."""
+        return self.partial is not None
+
+    @cached_property
+    def direct(self) -> Tree:
+        """See the class."""
+        return _tree.zeros(self.like) if self.partial is None else self.partial
 
     @cached_property
     def indirect(self) -> Tree:

@@ -66,15 +66,28 @@ def central_difference(
     direction: Tree,
     radius: float,
     *,
+    length: float | None = None,
     scale: float | Tensor = 1.0,
 ) -> Upstream:
     """scale · (∂²f/∂w∂u)ᵀ q at `start` for q = `direction`, from two gradients in u; zero for q = 0.
 
     ε is not differentiated. Where it is a number, each side is one pass over the variables, and two where it is a tensor.
+    `length` is `moderate_length`, for those who have asked already.
     """
-    length = _tree.norm(_tree.detach(direction))
-    known = at.known(length)
-    # Any ε will do where q = 0: both sides are then the same.
-    epsilon = radius / (length + (length == 0)) if known is None else radius / (known or 1.0)
+    if length is None:
+        norm = _tree.norm(_tree.detach(direction))
+        # Any ε will do where q = 0: both sides are then the same.
+        epsilon = radius / (_moderate(at.known(norm)) or norm + (norm == 0))
+    else:
+        epsilon = radius / length
     places = (_tree.add(start, direction, scale=sign * epsilon) for sign in (1, -1))
     return {name: _tree.scale(tree, by=0.5 * scale / epsilon) for name, tree in at.difference_of_reads(*places).items()}
+
+
+def moderate_length(at: AbstractLinearisation | AbstractStep, direction: Tree) -> float | None:
+    """‖q‖, where it can be looked at and neither over- nor underflows."""
+    return _moderate(at.known(_tree.norm(_tree.detach(direction))))
+
+
+def _moderate(length: float | None) -> float | None:
+    return length if length is not None and 1e-30 < length < 1e30 else None

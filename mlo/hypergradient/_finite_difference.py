@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from mlo.hypergradient._abstract import AbstractHypergradient, AbstractResponse, Cost, Nesting, Tape
-from mlo.hypergradient._cross import central_difference
+from mlo.hypergradient._cross import central_difference, moderate_length
 
 if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
@@ -63,6 +63,7 @@ class FiniteDifference(AbstractHypergradient):
             return {}
         step = response.taken()[-1]
         multiple = step.multiple
-        if multiple is None:
+        length = None if multiple is None else moderate_length(step, cotangent)
+        if multiple is None or length is None:
             return central_difference(step, step.start, step.pull_update(cotangent), self.radius)
-        return central_difference(step, step.start, cotangent, self.radius, scale=multiple)
+        return central_difference(step, step.start, cotangent, self.radius, length=length, scale=multiple)
