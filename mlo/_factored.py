@@ -5,7 +5,7 @@ A layer z = aWᵀ + b of a loss f has the gradients ∂f/∂W = δᵀa and ∂f/
     ⟨V, δᵀa⟩ + ⟨v, Σ δ⟩ = ⟨δ, aVᵀ + v⟩
 
 so that whoever only pulls gradients back needs δ as a recorded function, and the image aVᵀ + v of the layer's input, but no
-gradient: of a step that is evaluated again that is one matrix product a layer less, of nine or ten.
+gradient: of a step that is evaluated again that is one matrix product a layer less, of nine.
 """
 
 from __future__ import annotations
