@@ -46,6 +46,18 @@ def test_products_are_fused_and_stay_what_they_are(case):
     assert torch.allclose(found, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_products_of_integers_keep_their_type(dtype):
+    column, row = torch.arange(5, dtype=dtype)[:, None], torch.arange(4, dtype=dtype)[None]
+    tensors = [column, row, column.mT @ column]
+    module = make_fx(lambda a, b, c: (a @ b, (a @ b) @ b.mT, a @ c), tracing_mode="fake")(*tensors)
+    fuse_products(module)
+    right = (column @ row, column @ row @ row.mT, column @ tensors[2])
+    for found, expected in zip(module(*tensors), right, strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
 def test_another_backend_is_one_of_torch():
     module = make_fx(lambda a: a + 1, tracing_mode="fake")(normal(3, seed=0))
     assert torch.equal(compiled(module, [normal(3, seed=0)], "aot_eager")(normal(3, seed=1)), normal(3, seed=1) + 1)
