@@ -15,7 +15,9 @@ tensors it was taken at: see `is_recorded`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, final
+from operator import attrgetter
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.autograd import Variable
@@ -23,6 +25,7 @@ from torch.overrides import has_torch_function
 
 from mlo import _tree
 from mlo._errors import GraphError, Mistake
+from mlo._modes import PlainAttention, Recording, inside_transform, is_traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,27 +34,9 @@ if TYPE_CHECKING:
 
 After = TypeVar("After")
 
-_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_REQUIRES_GRAD, _SHAPE = attrgetter("requires_grad"), attrgetter("shape")
+_DETACH, _MAKE_LEAF = torch.Tensor.detach, torch.Tensor.requires_grad_
 _run_backward: Callable[..., Sequence[Tensor | None]] = cast("Any", Variable)._execution_engine.run_backward
-_record: Callable[[bool], None] = _C._set_grad_enabled
-_innermost_transform: Callable[[], Any] = _C._functorch.peek_interpreter_stack
-
-
-def inside_transform() -> bool:
-    """Whether a `torch.func` transform is active around us."""
-    return _innermost_transform() is not None
-
-
-def is_traced() -> bool:
-    """Whether operations are written down for a compiler, and no number can be looked at."""
-    return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
-
-
-def known(value: Tensor) -> float | None:
-    """The number in a zero-dimensional tensor, where looking needs no waiting: on the CPU, neither inside a transform nor
-    traced.
-    """
-    return value.item() if value.is_cpu and not (inside_transform() or is_traced()) else None
 
 
 def refuse_drawing(level: str) -> None:
@@ -86,7 +71,7 @@ def linearise(
         return _linearise_by_transform(function, at)
     if is_recorded(at.values()):
         return _linearise_recorded(function, at)
-    leaves = {name: _leaves(tree) for name, tree in at.items()}
+    leaves, _ = leaves_of(at)
     with Recording():
         result, after = function(leaves)
 
@@ -115,28 +100,31 @@ def pulled(
     result: Tree, cotangent: Tree, wanted: Mapping[str, Tree], *, retain: bool, again: bool
 ) -> Mapping[str, Tree]:
     """(∂result/∂wanted)ᵀ cotangent, by name; to be differentiated `again`, or not."""
-    pairs = zip(_tree.leaves(result), _tree.leaves(cotangent), strict=True)
-    tracked = [(output, weight) for output, weight in pairs if output.requires_grad]
-    inputs = [leaf for tree in wanted.values() for leaf in _tree.leaves(tree)]
-    if not tracked or not inputs:
+    outputs, weights = _tree.leaves(result), _tree.leaves(cotangent)
+    if len(outputs) != len(weights):
+        raise ValueError(f"a cotangent of {len(weights)} tensors on a result of {len(outputs)}")
+    if not all(map(_REQUIRES_GRAD, outputs)):
+        tracked = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
+        outputs, weights = [output for output, _ in tracked], [weight for _, weight in tracked]
+    inputs: list[Tensor] = []
+    for tree in wanted.values():
+        inputs += _tree.leaves(tree)
+    if not outputs or not inputs:
         return {}
-    outputs, weights = zip(*tracked, strict=True)
     return grouped(wanted, reverse_pass(outputs, inputs, weights, retain=retain, again=again))
 
 
 def reverse_pass(
-    outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], weights: tuple[Tensor, ...], *, retain: bool, again: bool
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, retain: bool, again: bool
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad` without its checks, which cost as much as the reverse pass of a small operation each, nor its
     log of nodes for those who debug torch.
 
     Where they have something to find, a shape that does not fit or a tensor that is not torch's own, they are made.
     """
-    inputs = tuple(inputs)
-    plain = not (has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling())
-    for output, weight in zip(outputs, weights, strict=True):
-        plain = plain and output.shape == weight.shape
-    if plain:
+    outputs, inputs, weights = tuple(outputs), tuple(inputs), tuple(weights)
+    fits = list(map(_SHAPE, outputs)) == list(map(_SHAPE, weights))
+    if fits and not (has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling()):
         return _run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
     return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
 
@@ -153,13 +141,11 @@ def pushforward(
         _, push = cast("Any", torch.func.vjp(lambda weights: pull_all(weights)[0], _tree.zeros(result)))
         pushed: Any = push
         return lambda tangents: pushed(dict(tangents))[0]
-    leaves = {name: _leaves(tree) for name, tree in at.items()}
-    inputs = [(name, leaf) for name, tree in leaves.items() for leaf in _tree.leaves(tree)]
+    leaves, tensors = leaves_of(at)
     with Recording():
         result = function(leaves)
         outputs = _tree.leaves(result)
         weights = [torch.zeros_like(output).requires_grad_() for output in outputs]
-        tensors = [leaf for _, leaf in inputs]
         pulled: Any = torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True)
 
     def push(tangents: Mapping[str, Tree]) -> Tree:
@@ -188,10 +174,9 @@ def gradients(
         value, after, pull = _linearise_recorded(function, at)
         assert isinstance(value, torch.Tensor)
         return pull(torch.ones_like(value), at), value, after
-    leaves = {name: _leaves(tree) for name, tree in at.items()}
+    leaves, inputs = leaves_of(at)
     with Recording():
         value, after = function(leaves)
-    inputs = [leaf for tree in leaves.values() for leaf in _tree.leaves(tree)]
     if not value.requires_grad or not inputs:
         return {}, value.detach(), after
     found = reverse_pass((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
@@ -207,7 +192,7 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
     if inside_transform():
         value, pull, after = _vjp(function, at)
         return pull(torch.ones_like(value))[0], value, after
-    point = _leaves(at, keep=True)
+    point = _tree.apply(_leaf, at)
     with Recording(), PlainAttention():
         value, after = function(point)
         if not value.requires_grad:
@@ -215,6 +200,37 @@ def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree
         one = torch.ones_like(value)
         found = reverse_pass((value,), _tree.leaves(point), (one,), retain=True, again=True)
     return grouped({"": point}, found).get(""), value, after
+
+
+def gradient_with_pullback(
+    function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree], own: str
+) -> tuple[Tree | None, Tensor, After, Callable[..., Upstream]]:
+    """∂function/∂at[own], the value, what else `function` returned, and the pullback of that gradient: see `linearise`.
+
+    `linearise` of `recorded_gradient`, at the outermost level only: not inside a transform, and not where `at` is recorded.
+    The gradient is None where `function` does not depend on `at[own]`.
+    """
+    leaves, _ = leaves_of(at)
+    with Recording(), PlainAttention():
+        value, after = function(leaves)
+        gradient, pull = gradient_of(value, leaves, own)
+    return gradient, value.detach(), after, pull
+
+
+def gradient_of(value: Tensor, leaves: Mapping[str, Tree], own: str) -> tuple[Tree | None, Callable[..., Upstream]]:
+    """∂value/∂leaves[own] and its pullback, of a value that was recorded as a function of `leaves`. Where it is recorded."""
+    gradient: Tree | None = None
+    if value.requires_grad:
+        place = leaves[own]
+        one = (torch.ones_like(value),)
+        found = reverse_pass((value,), _tree.leaves(place), one, retain=True, again=True)
+        gradient = grouped({own: place}, found).get(own)
+
+    def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
+        assert gradient is not None, "there is no gradient"
+        return pulled(gradient, cotangent, {name: leaves[name] for name in names}, retain=retain, again=False)
+
+    return None if gradient is None else _tree.detach(gradient), pull
 
 
 def _linearise_by_transform(
@@ -234,60 +250,25 @@ def _vjp(function: Callable[[Any], tuple[Any, After]], at: Any) -> tuple[Any, Ca
         return cast("Any", torch.func.vjp(function, at, has_aux=True))
 
 
-@final
-class Recording:
-    """Whether operations are recorded, inside: as `torch.enable_grad` and `torch.no_grad` do it, in a third of the time."""
-
-    __slots__ = ("_before", "_on")
-
-    def __init__(self, *, on: bool = True) -> None:
-        self._on = on
-
-    def __enter__(self) -> None:
-        self._before = torch.is_grad_enabled()
-        _record(self._on)
-
-    def __exit__(self, *exception: object) -> None:
-        _record(self._before)
-
-
-@final
-class PlainAttention:
-    """Attention by its formula alone. `sdpa_kernel(SDPBackend.MATH)` does the same and takes ten times as long."""
-
-    def __enter__(self) -> None:
-        self._before = [is_on() for is_on, _ in _KERNELS]
-        for (_, turn), wanted in zip(_KERNELS, _FORMULA_ALONE, strict=True):
-            turn(wanted)
-
-    def __exit__(self, *exception: object) -> None:
-        for (_, turn), was_on in zip(_KERNELS, self._before, strict=True):
-            turn(was_on)
-
-
-_KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
-    (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
-    (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
-    (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
-)
-"""Of attention: whether each is on, and what turns it on or off."""
-
-_FORMULA_ALONE = (False, False, False, True)
-
-
 def leaf_of(tensor: Tensor) -> Tensor:
     """The same numbers, as a leaf to differentiate towards."""
     return tensor.detach().requires_grad_()
 
 
-def _leaves(tree: Tree, *, keep: bool = False) -> Tree:
-    """`tree` made of leaves; with `keep`, what has a history or is a leaf already stays as it is."""
-    if not isinstance(tree, (dict, Mapping)):
-        return tree if keep and tree.requires_grad else leaf_of(tree)
-    if keep:
-        return {name: t if t.requires_grad else t.detach().requires_grad_() for name, t in tree.items()}
-    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
+def _leaf(tensor: Tensor) -> Tensor:
+    """`leaf_of` what has no history and is no leaf yet; everything else as it is."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def leaves_of(trees: Mapping[str, Tree]) -> tuple[Mapping[str, Tree], list[Tensor]]:
+    """`trees` made of leaves, and these one after the other."""
+    places: dict[str, Tree] = {}
+    leaves: list[Tensor] = []
+    for name, tree in trees.items():
+        own = list(map(_MAKE_LEAF, map(_DETACH, _tree.leaves(tree))))
+        places[name] = _tree.rebuild(tree, own)
+        leaves += own
+    return places, leaves
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -305,14 +286,13 @@ def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstr
             if part is not None:
                 by_name[name] = part
             continue
-        own = found[begin : begin + len(tree)]
+        own = dict(zip(tree, found[begin : begin + len(tree)], strict=True))
         begin += len(tree)
-        known = [part for part in own if part is not None]
-        if not known:
-            continue
-        if len(known) == len(tree):
-            by_name[name] = dict(zip(tree, known, strict=True))
-            continue
-        pairs = zip(tree.items(), own, strict=True)
-        by_name[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
+        kinds = set(map(type, own.values()))
+        if NoneType not in kinds:
+            by_name[name] = cast("Tree", own)
+        elif len(kinds) > 1:
+            by_name[name] = {
+                key: torch.zeros_like(leaf) if (part := own[key]) is None else part for key, leaf in tree.items()
+            }
     return by_name

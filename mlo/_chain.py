@@ -7,8 +7,7 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, final
-from weakref import ref
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, final
 
 import torch
 from torch import nn
@@ -33,20 +32,8 @@ _HOOKS = (
 )
 
 
-class Layer(NamedTuple):
-    """A linear layer as it was run: the names of its tensors, what went in, what came out, and their versions then."""
-
-    weight: str
-    bias: str | None
-    before: Tensor
-    after: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether what went in and what came out still hold the same numbers."""
-        return self.versions == (self.before._version, self.after._version)
-
+Layer: TypeAlias = "tuple[str, str | None, Tensor, Tensor, int]"
+"""A linear layer as it ran: the names of weight and bias, what went in, what came out, and the version of what went in."""
 
 IMAGES = 2
 """How many numbers may come out of the layers that are watched, in copies of the leaves: as many go through them again."""
@@ -61,22 +48,20 @@ class Watched(dict[str, "Tensor"]):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
-        self.layers: list[Layer] = []
         self.elsewhere = False
+        self._layers: list[Layer] = []
+        self._differentiated: list[Any] = []
         self._handles: list[Any] = []
         self._closed = False
 
-    def note(self, weight: str, bias: str | None, before: Any, after: Any) -> None:
-        """A linear layer was run, on tensors of these names."""
-        own = [name for name in (weight, bias) if name in self]
-        if self._closed or not own:
-            return  # it is run again for what a checkpoint let go of, or all of it is held fixed
-        whole = len(own) == (1 if bias is None else 2)
-        usual = not _is_unusual() and _is_plain(before) and _is_plain(after) and after.requires_grad
-        if whole and usual and before.dtype == after.dtype == self[weight].dtype:  # not under autocast
-            self.layers.append(Layer(weight, bias, before, after, (before._version, after._version)))
-        else:
+    def begin(self, x: Any) -> list[Layer] | None:
+        """Where a chain that is run on `x` notes its linear layers; None if nobody wants to know."""
+        if self._closed:  # it is run again for what a checkpoint let go of
+            return None
+        if self.elsewhere or _is_unusual() or not _is_plain(x):
             self.elsewhere = True
+            return None
+        return self._layers
 
     def left(self, x: Any) -> Any:
         """What a chain gives in place of `x`, which came out of it.
@@ -84,17 +69,11 @@ class Watched(dict[str, "Tensor"]):
         If it is differentiated before `close`, the value depends on its layers in other ways. Nobody is given the tensor
         itself that came out of a layer: a hook on it would change what is found there.
         """
-        if self._closed or not self.layers or self.elsewhere:
+        if not self._layers:
             return x
-        reference = ref(self)  # a hook is out of the sight of Python's collector
-
-        def differentiated(gradient: Tensor) -> None:
-            watched = reference()
-            if watched is not None:
-                watched.elsewhere = True
-
-        last = self.layers[-1].after
-        self._handles.append(last.register_hook(differentiated))
+        last = self._layers[-1][3]
+        if last.grad_fn is not None:
+            self._handles.append(cast("Any", last.grad_fn).register_prehook(self._differentiated.append))
         return x.clone() if x is last else x
 
     def close(self) -> list[Layer]:
@@ -104,9 +83,27 @@ class Watched(dict[str, "Tensor"]):
         """
         for handle in self._handles:
             handle.remove()
-        layers, self.layers, self._handles, self._closed = self.layers, [], [], True
-        small = sum([layer.after.numel() for layer in layers]) <= IMAGES * sum([leaf.numel() for leaf in self.values()])
-        return layers if small and not self.elsewhere and all(layer.is_untouched for layer in layers) else []
+        layers, self._layers, self._handles, self._closed = self._layers, [], [], True
+        if self.elsewhere or self._differentiated:
+            self._differentiated.clear()
+            return []
+        found: list[Layer] = []
+        held = 0
+        for layer in layers:
+            weight, bias, before, after, version = layer
+            known = weight in self
+            if bias is not None and (bias in self) is not known:
+                return []  # a part of it is held fixed
+            if not known:
+                continue  # all of it is
+            usual = after.requires_grad and type(after) is torch.Tensor
+            if not usual or not before.dtype == after.dtype == self[weight].dtype:  # under autocast, say
+                return []
+            if before._version != version or after._version:
+                return []
+            held += after.numel()
+            found.append(layer)
+        return found if held <= IMAGES * sum(map(torch.numel, self.values())) else []
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -137,15 +134,16 @@ class Chain:
 
     def __call__(self, tensors: Mapping[str, Tensor], x: Any, watched: Watched | None = None) -> Any:
         """What the module gives for one positional argument; `watched` learns of the linear layers."""
+        noted = None if watched is None else watched.begin(x)
         for link in self._links:
             if isinstance(link, tuple):
                 weight, bias = link
                 before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
-                if watched is not None:
-                    watched.note(weight, bias, before, x)
+                if noted is not None:
+                    noted.append((weight, bias, before, x, before._version))
             else:
                 x = link(x)
-        return x if watched is None else watched.left(x)
+        return x if watched is None or noted is None else watched.left(x)
 
 
 def chain_of(module: nn.Module) -> Chain | None:

@@ -217,7 +217,7 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
             found, looked_at, shown = _come_out(inside)
             out = list["Tensor"]()
             ends.append((flatten(found, out), looked_at, shown))
-            finite = torch.stack([number.isfinite() for *_, number in inside.numbers])
+            finite = torch.stack([number.isfinite() for *_, number in inside.finite.numbers()])
             return [*out, finite.all(), finite]
 
     try:
@@ -255,7 +255,7 @@ def _come_out(inside: Iteration) -> tuple[dict[str, Any], tuple[tuple[str, int, 
     }
     counts = {name: cast("Any", memory.count).added for name, memory in state.optimizers.items()}
     kept = {"pullbacks": metrics.pullbacks, "gradients": metrics.gradients, "products": metrics.products}
-    looked_at = tuple((level, step, term) for level, step, term, _ in inside.numbers)
+    looked_at = tuple((level, step, term) for level, step, term, _ in inside.finite.numbers())
     return found, looked_at, {"moved": counts, "metrics": kept}
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform, is_traced
-from mlo._errors import GraphError, Mistake, NumericalError, UserError
+from mlo._errors import GraphError, Mistake, UserError
+from mlo._finite import Finite
+from mlo._modes import inside_transform
 from mlo._nest import Below, Nest
 from mlo._objective import Record, options_of
 from mlo._partials import partials
@@ -46,25 +46,21 @@ class Iteration:
     now: dict[str, Position]
     begun: Mapping[str, Position]
     """Where each level stood when the iteration began."""
+    number: int
+    """Counted from 1."""
     tally: Tally = field(default_factory=Tally)
-    losses: dict[str, tuple[Tensor, ...]] = field(default_factory=dict[str, "tuple[Tensor, ...]"])
-    measured: dict[str, tuple[Mapping[str, Tensor], ...]] = field(
-        default_factory=dict[str, "tuple[Mapping[str, Tensor], ...]"]
-    )
-    norms: dict[str, tuple[Norms, ...]] = field(default_factory=dict[str, "tuple[Norms, ...]"])
-    numbers: list[tuple[str, int, str, Tensor]] = field(default_factory=list["tuple[str, int, str, Tensor]"])
-    """What must be finite, in the order in which it came about: level, step, term, number."""
+    losses: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    measured: dict[str, tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
+    norms: dict[str, tuple[Norms, ...]] = field(default_factory=dict)
+    finite: Finite = field(default_factory=Finite)
 
     @classmethod
     def of(cls, plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
         """An iteration that has not begun."""
-        now = {name: position(state, name) for name in plan.levels}
-        return cls(plan, state, batches, now, dict(now), Tally(recalled=state.memory))
-
-    @property
-    def number(self) -> int:
-        """Counted from 1."""
-        return self.begin.iteration + 1
+        now: dict[str, Position] = {}
+        for name in plan.levels:
+            now[name] = position(state, name)
+        return cls(plan, state, batches, now, dict(now), state.iteration + 1, Tally(recalled=state.memory))
 
     def record(self, level: str, step: int) -> Record:
         """What `level` draws at its `step`: the same however often it is asked for."""
@@ -114,12 +110,13 @@ class Iteration:
         )
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)
-        responses = {name: response.towards((upper, *responses)) for name, response in responses.items()}
-        through = {
-            name: arrived[upper]
-            for name, arrived in sweep(upper, responses, cotangents, self.tally).items()
-            if upper in arrived
-        }
+        within = {upper, *responses}
+        if not all(map(within.issuperset, [response.around.live for response in responses.values()])):
+            responses = {name: response.towards(within) for name, response in responses.items()}
+        through: dict[str, Tree] = {}
+        for name, arrived in sweep(upper, responses, cotangents, self.tally).items():
+            if upper in arrived:
+                through[name] = arrived[upper]
         return Parts(partial=direct, through=through, like=values[upper]), loss, aftermath
 
     def descend(self, name: str, pulled: Iterable[str], live: Iterable[str]) -> dict[str, Response]:
@@ -130,7 +127,7 @@ class Iteration:
         responses = self.retaken(name, pulled, live)
         for taken, response in responses.items():
             self.losses[taken], self.measured[taken] = response.losses, response.measured
-            parts = [part for left in response.aftermaths for part in left.parts]
+            parts = [part for left in response.aftermaths for part in left.parts] if taken in self.plan.nested else []
             if parts:
                 totals = [self._last_hypergradient(taken), *(part.total for part in parts)]
                 self.norms[taken] = tuple(map(Norms.of, parts, totals))
@@ -143,14 +140,13 @@ class Iteration:
         level = self.plan.levels[name]
         assert level.optimizer is not None
         losses, measured, norms = [], [], []
-        kept = {other: at for other, at in self.now.items() if other != name}
-        moved = {  # due at the same time: responses see where they stood
-            upper: self.now[upper] for upper in self.norms if upper not in self.plan.nested
-        }
+        kept = dict(self.now)
         before = self._last_hypergradient(name)
         for step in range(level.steps):
-            if step:
+            if step:  # others that moved are due at the same time: responses see where they stood
+                moved = {upper: kept[upper] for upper in self.norms if upper not in self.plan.nested}
                 self.now.update({upper: self.begun[upper] for upper in moved})
+                self.finite.numbers()  # where levels below have been need not be held any longer
                 responses = self.respond_below(name, live)
                 self.now.update(moved)
             parts, loss, aftermath = self.differentiate(name, responses, step)
@@ -165,11 +161,11 @@ class Iteration:
             measured.append(aftermath.measured)
             norms.append(Norms.of(parts, before))
             before = parts.total
-            self.numbers.append((name, step + 1, "the loss", loss))
+            self.finite.add(name, step + 1, "the loss", loss)
             self._look_at_norms(name, step, norms[-1:])
         self._look_at_value(name, level.steps)
         self._remember_hypergradient(name, before)
-        self.now.update(kept)
+        self.now.update({**kept, name: self.now[name]})
         self.losses[name], self.measured[name], self.norms[name] = tuple(losses), tuple(measured), tuple(norms)
 
     def respond_below(self, upper: str, live: Iterable[str]) -> dict[str, Response]:
@@ -203,7 +199,8 @@ class Iteration:
         """The response of level `name`, which now stands where it leads."""
         response = self.respond(name, live)
         self.now[name] = response.end
-        self.numbers += [(name, step, "the loss", loss) for step, loss in enumerate(response.losses, 1)]
+        for step, loss in enumerate(response.losses, 1):
+            self.finite.add(name, step, "the loss", loss)
         self._look_at_value(name, response.steps)
         return response
 
@@ -218,19 +215,29 @@ class Iteration:
 
     def _seen_by(self, level: Level) -> tuple[dict[str, Tree], dict[str, Mapping[str, Tensor]]]:
         """Values and buffers as `level` sees them: its opponents as they stood when the iteration began."""
-        seen = {name: self.now[name] for name in self.plan.surroundings(level.name)}
-        for name in level.against:
-            seen[name] = self.begun[name]
-        return {name: at.variables for name, at in seen.items()}, {name: at.buffers for name, at in seen.items()}
+        values: dict[str, Tree] = {}
+        buffers: dict[str, Mapping[str, Tensor]] = {}
+        for name in self.plan.surroundings(level.name):
+            at = self.begun[name] if name in level.against else self.now[name]
+            values[name], buffers[name] = at.variables, at.buffers
+        return values, buffers
 
     def finish(self) -> tuple[State, Metrics]:
         """The state after the iteration and what it showed. Raises `NumericalError` for a number that is not finite."""
-        self.refuse_non_finite()
-        moving = [name for name, level in self.plan.levels.items() if not level.frozen]
+        self.finite.refuse(self.number)
+        values: dict[str, Tree] = {}
+        buffers: dict[str, Mapping[str, Tensor]] = {}
+        optimizers: dict[str, OptimizerState] = {}
+        for name, at in self.now.items():
+            values[name] = at.variables
+            if name in self.begin.buffers:
+                buffers[name] = at.buffers
+            if name in self.plan.moving:
+                optimizers[name] = at.optimizer
         state = State(
-            values={name: at.variables for name, at in self.now.items()},
-            buffers={name: at.buffers for name, at in self.now.items() if name in self.begin.buffers},
-            optimizers={name: self.now[name].optimizer for name in moving},
+            values=values,
+            buffers=buffers,
+            optimizers=optimizers,
             iteration=self.number,
             seed=self.begin.seed,
             memory=self.tally.memory(),
@@ -249,38 +256,17 @@ class Iteration:
     def _look_at_norms(self, name: str, first: int = 0, norms: Sequence[Norms] | None = None) -> None:
         """Those of `norms`, or of all steps of level `name`, where the first is that of step `first`, counted from 0."""
         for step, each in enumerate(self.norms[name] if norms is None else norms, first + 1):
-            self.numbers.append((name, step, "the direct part of the hypergradient", each.direct))
+            self.finite.add(name, step, "the direct part of the hypergradient", each.direct)
             for lower, norm in each.through.items():
-                self.numbers.append((name, step, f"the part of the hypergradient through '{lower}'", norm))
+                self.finite.add(name, step, f"the part of the hypergradient through '{lower}'", norm)
 
     def _look_at_value(self, name: str, step: int) -> None:
         """A finite loss can have a gradient that is not, as √|w| has at 0, and leave a level nowhere."""
-        tensors = _tree.leaves(self.now[name].variables)
-        self.numbers += [(name, step, "the new value", tensor.sum()) for tensor in tensors]
-
-    def refuse_non_finite(self) -> None:
-        """One look at all numbers together; who was first is asked only if there is something to ask."""
-        if inside_transform() or is_traced() or not self.numbers:
-            return
-        numbers = [number for *_, number in self.numbers]
-        if all(map(_IS_CPU, numbers)):  # one by one, without an operation: nothing has to be waited for
-            if all(map(isfinite, [number.item() for number in numbers])):
-                return
-        elif bool(_in_one(numbers).isfinite().all()):
-            return
-        level, step, term, _ = next(entry for entry in self.numbers if not bool(entry[3].isfinite()))
-        raise NumericalError(level=level, step=step, term=term, iteration=self.number)
+        self.finite.add_all(name, step, "the new value", self.now[name].variables)
 
 
 _UNMOVED = OptimizerState()
-_IS_CPU, _REQUIRES_GRAD = attrgetter("is_cpu"), attrgetter("requires_grad")
-
-
-def _in_one(numbers: Sequence[Tensor]) -> Tensor:
-    """Zero-dimensional tensors side by side."""
-    if any(number.dtype != numbers[0].dtype for number in numbers):
-        numbers = [number.double() for number in numbers]
-    return torch.stack(list(numbers))
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def position(state: State, name: str) -> Position:
@@ -311,8 +297,8 @@ def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
                 responses |= inside.descend(name, pulled, agenda.live)
         if agenda.ahead:
             inside.look_ahead(agenda.ahead)
-    except Exception:
-        inside.refuse_non_finite()  # an objective that stumbles over NaN is not at fault: who brought it about is
+    except Exception:  # an objective that stumbles over NaN is not at fault: who brought it about is
+        inside.finite.refuse(inside.number)
         raise
     return inside
 

@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import linear
 
 from mlo import _tree
-from mlo._autodiff import PlainAttention, Recording, grouped, inside_transform, leaf_of, pulled, reverse_pass
+from mlo._autodiff import gradient_of, grouped, leaves_of, pulled, reverse_pass
 from mlo._chain import Watched
+from mlo._modes import PlainAttention, Recording, inside_transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,47 +29,31 @@ if TYPE_CHECKING:
 After = TypeVar("After")
 
 
-def linearised_gradient(
+def factored_gradient(
     function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree], own: str
-) -> tuple[Callable[[], Tree] | None, After, Callable[..., Upstream]]:
-    """∂function/∂at[own], what else `function` returned, and the pullback of that gradient: see `mlo._autodiff.linearise`.
+) -> tuple[Callable[[], Tree] | None, Tensor, After, Callable[..., Upstream]]:
+    """`mlo._autodiff.gradient_with_pullback`, with a call that gives the gradient in place of it. Not traced.
 
     As factors where `function` puts the tensors of `at[own]` into linear layers of a chain and nowhere else, and otherwise
-    as it is. The gradient is given by a call, which multiplies the factors; there is None where `function` does not depend
-    on `at[own]`. At the outermost level only: not inside a transform, not traced, and not where `at` is recorded.
+    as it is. The call multiplies the factors.
     """
-    places: dict[str, Tree] = {name: _tree.apply(leaf_of, tree) for name, tree in at.items()}
-    places[own] = watched = Watched(_tree.named(places[own]))
+    leaves, _ = leaves_of(at)
+    watched = Watched(_tree.named(leaves[own]))
+    places = {**leaves, own: watched}
     with Recording(), PlainAttention():
         value, after = function(places)
         layers = watched.close()
-        one = (torch.ones_like(value),)
-        if not value.requires_grad:
-            return None, after, _nothing
-        if layers:
-            found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
-            pairs = [
-                _Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta)
-                for layer, delta in zip(layers, found, strict=True)
-                if delta is not None
-            ]
+        if layers and value.requires_grad:
+            one = (torch.ones_like(value),)
+            found = reverse_pass((value,), [after for _, _, _, after, _ in layers], one, retain=True, again=True)
+            pairs: list[_Pair] = []
+            for (weight, bias, before, _, version), delta in zip(layers, found, strict=True):
+                if delta is not None:
+                    pairs.append(_Pair(weight, bias, before, version, delta))
             factors = _Factors(watched, pairs, places)
-            return factors.multiplied if pairs else None, after, factors.pull
-        found = reverse_pass((value,), list(watched.values()), one, retain=True, again=True)
-    gradient = grouped({own: watched}, found).get(own)
-    if gradient is None:
-        return None, after, _nothing
-    numbers = _tree.detach(gradient)
-
-    def pull(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
-        return pulled(gradient, cotangent, {name: places[name] for name in names}, retain=retain, again=False)
-
-    return lambda: numbers, after, pull
-
-
-def _nothing(cotangent: Tree, names: Iterable[str], *, retain: bool = False) -> Upstream:
-    """The pullback of a gradient that is not there."""
-    return {}
+            return factors.multiplied if pairs else None, value.detach(), after, factors.pull
+        gradient, pull = gradient_of(value, places, own)
+    return None if gradient is None else lambda: gradient, value.detach(), after, pull
 
 
 class _Pair(NamedTuple):
@@ -101,24 +86,27 @@ class _Factors:
             with Recording():
                 gradient = self._product([(pair, pair.delta, pair.before) for pair in self._pairs])
             return pulled(gradient, cotangent, wanted, retain=True, again=False)
-        outputs, arrived = list["Tensor"](), list["Tensor"]()
-        for weight, bias, before, version, delta in self._pairs:
-            if before._version != version:
-                raise RuntimeError(
-                    "what went into a linear layer has been changed in place before it was pulled back to"
-                )
-            with Recording():
+        outputs: list[Tensor] = []
+        arrived: list[Tensor] = []
+        with Recording():
+            for weight, bias, before, version, delta in self._pairs:
+                if before._version != version:
+                    raise RuntimeError(
+                        "what went into a linear layer has been changed in place before it was pulled back to"
+                    )
                 image = linear(before, weights[weight], None if bias is None else weights[bias])
-            if delta.requires_grad:
-                outputs.append(delta)
-                arrived.append(image.detach())
-            if image.requires_grad:
-                outputs.append(image)
-                arrived.append(delta.detach())
-        inputs = [leaf for tree in wanted.values() for leaf in _tree.leaves(tree)]
+                if delta.requires_grad:
+                    outputs.append(delta)
+                    arrived.append(image.detach())
+                if image.requires_grad:
+                    outputs.append(image)
+                    arrived.append(delta.detach())
+        inputs: list[Tensor] = []
+        for tree in wanted.values():
+            inputs += _tree.leaves(tree)
         if not outputs or not inputs:
             return {}
-        return grouped(wanted, reverse_pass(tuple(outputs), inputs, tuple(arrived), retain=retain, again=False))
+        return grouped(wanted, reverse_pass(outputs, inputs, arrived, retain=retain, again=False))
 
     def multiplied(self) -> Tree:
         """The gradient itself."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
 from mlo import _engine, _random, _reading, _structure, _tree
-from mlo._autodiff import Recording, inside_transform
 from mlo._backend import compiler
 from mlo._compiled import Compiler
 from mlo._constraint import Constraints
 from mlo._cost import Cost, of_pullback, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
+from mlo._modes import NotRecording, inside_transform
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
 from mlo._plan import Plan
@@ -190,11 +189,11 @@ class Graph:
 
     def values(self, state: State, names: Iterable[str] | None = None) -> Mapping[str, Any]:
         """What an objective sees of the levels in `state`: for evaluating them outside the graph."""
-        from mlo._objective import view
-
+        skeletons = self._plan.skeletons
         return {
-            name: view(state.values[name], state.buffers.get(name), self._plan.skeletons.get(name))
+            name: skeletons[name].view(value, state.buffers.get(name, {})) if name in skeletons else value
             for name in (self.order if names is None else names)
+            for value in [state.values[name]]
         }
 
     def _checked(self, batches: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -233,11 +232,13 @@ class _Undisturbed:
             )
         self._generators = _random.Preserved()
         self._generators.__enter__()
-        self._recording = nullcontext() if inside_transform() else Recording(on=False)
-        self._recording.__enter__()
+        self._recording = None if inside_transform() else NotRecording()
+        if self._recording is not None:
+            self._recording.__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        self._recording.__exit__(None, None, None)
+        if self._recording is not None:
+            self._recording.__exit__()
         self._generators.__exit__()
 
 

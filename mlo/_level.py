@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 from mlo._errors import UserError
-from mlo._structure import ARROWS
+from mlo._structure import ARROWS, reads
 from mlo._types import Constraint
 from mlo.hypergradient import AbstractHypergradient, Unroll
-from mlo.optimizer import AbstractOptimizer, options_read
+from mlo.optimizer import AbstractOptimizer, has_closed_pullback, options_read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,9 +84,19 @@ class Level:
             raise UserError(f"level '{self.name}' has an optimizer and no objective")
 
     @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """All levels that the objective may read, itself first."""
+        return reads(self)
+
+    @cached_property
     def read_by_optimizer(self) -> frozenset[str]:
         """The levels that options of the optimizer are read from."""
         return frozenset(read.level for _, read in options_read(self.optimizer)) if self.optimizer else frozenset()
+
+    @cached_property
+    def has_closed_pullback(self) -> bool:
+        """Whether the pullback of an update has a closed form: see `mlo.optimizer.has_closed_pullback`."""
+        return self.optimizer is not None and has_closed_pullback(self.optimizer)
 
     @property
     def is_joint(self) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from mlo import _dense, _random, _tree
-from mlo._autodiff import inside_transform, is_recorded, is_traced, known, linearise, refuse_drawing
+from mlo._autodiff import is_recorded, linearise, refuse_drawing
 from mlo._chunks import Chunks
+from mlo._modes import inside_transform, is_traced, known
 from mlo._objective import options_of
 from mlo._partials import partials
 from mlo._reduction import reduced_trees
@@ -76,8 +77,8 @@ class Linearisation(AbstractLinearisation):
             self._record = record.with_choices(aftermath.choices)
             self._chunks = Chunks(level, around, at, self._record, chunks, whole)
             return
-        self._gradient, choices, self._pull = linearised(level, around, at, record)
-        self._record = record.with_choices(choices)
+        self._gradient, _, aftermath, self._pull = linearised(level, around, at, record)
+        self._record = record.with_choices(aftermath.choices)
 
     @property
     def variables(self) -> Tree:

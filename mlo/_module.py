@@ -51,6 +51,15 @@ class Skeleton:
         """The numbers that objectives see, from those that the optimizer moves."""
         return variables if self._constraints is None else self._constraints.apply(variables)
 
+    def view(self, value: Tree, buffers: Mapping[str, Tensor]) -> Any:
+        """What objectives see: numbers, or a module that can be called, at these buffers."""
+        if self._constraints is not None:
+            value = self._constraints.apply(value)
+        if not self.runs:
+            return value
+        assert isinstance(value, (dict, Mapping))
+        return ModuleVariables(self, value, buffers)
+
     @property
     def may_be_watched(self) -> bool:
         """Whether objectives see the very tensors that the optimizer moves, and a chain may be all that they go into."""
@@ -184,7 +193,8 @@ class ModuleVariables(Mapping[str, "Tensor"]):
     def __init__(self, skeleton: Skeleton, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         self._skeleton = skeleton
         self._parameters = parameters
-        self._buffers = buffers
+        self.buffers = buffers
+        """The buffers after the calls so far, with the frozen parameters."""
         self._watched = parameters if type(parameters) is Watched else None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -198,30 +208,25 @@ class ModuleVariables(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._parameters)
 
-    @property
-    def buffers(self) -> Mapping[str, Tensor]:
-        """The buffers after the calls so far, with the frozen parameters."""
-        return self._buffers
-
     def fixed(self) -> ModuleVariables:
         """The same module at the same numbers, held fixed.
 
         Derivatives of its calls reach their arguments and not this level, and the buffers they update are not kept.
         """
         parameters, buffers = (
-            {name: tensor.detach() for name, tensor in each.items()} for each in (self._parameters, self._buffers)
+            {name: tensor.detach() for name, tensor in each.items()} for each in (self._parameters, self.buffers)
         )
         return ModuleVariables(self._skeleton, parameters, buffers)
 
     def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The module's output."""
-        if not self._buffers:
+        if not self.buffers:
             return self._skeleton(self._parameters, args, kwargs, training=training, watched=self._watched)[0]
         written = self._skeleton.written
-        buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self._buffers.items()}
+        buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self.buffers.items()}
         output, after = self._skeleton(
             {**self._parameters, **buffers}, args, kwargs, training=training, watched=self._watched
         )
         if training:
-            self._buffers = {name: after[name] for name in buffers}
+            self.buffers = {name: after[name] for name in buffers}
         return output

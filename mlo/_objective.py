@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast, final
 from weakref import WeakSet
@@ -13,10 +14,9 @@ from weakref import WeakSet
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform, is_traced
 from mlo._errors import GraphError, Mistake, UserError, nearest
+from mlo._modes import inside_transform, is_traced
 from mlo._module import ModuleVariables, Skeleton
-from mlo._structure import reads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,9 @@ Part = TypeVar("Part", bound="Tree")
 
 Share: TypeAlias = "Callable[[str, Callable[[], Tree]], Tree]"
 """Where a part of an objective comes from, by its name and what computes it."""
+
+_NO_BUFFERS: Mapping[str, Tensor] = {}
+_VERSION: Callable[[Tensor], int] = attrgetter("_version")
 
 _SHARING: WeakSet[Level] = WeakSet()
 """Levels whose objective was seen to share a part. It decides when that is computed, and no number."""
@@ -188,11 +191,15 @@ def evaluate(
     Raises `UserError` for a loss that is not one number, for measurements that are no tensors, and for an objective that
     changes values or its batch in place. What an objective raises itself is told which level and iteration it was.
     """
-    names = reads(level)
-    views = {name: view(values[name], buffers.get(name), skeletons.get(name)) for name in names}
+    views: dict[str, Any] = {}
+    tensors: list[Tensor] = []
+    for name in level.reads:
+        value, skeleton = values[name], skeletons.get(name)
+        views[name] = value if skeleton is None else skeleton.view(value, buffers.get(name, _NO_BUFFERS))
+        tensors += _tree.leaves(value)
     visible = Values(level.name, views, record, share)
-    shared = _shared([values[name] for name in names], record.batch)
-    before = [tensor._version for tensor in shared]
+    seen = () if inside_transform() else _with_versions(tensors, record.batch)
+    before = list(map(_VERSION, seen))
     _random.reseed(record.seed)
     assert level.objective is not None
     try:
@@ -203,26 +210,23 @@ def evaluate(
         error.add_note(f"In the objective of level '{level.name}', iteration {record.iteration}{_where(error, level)}.")
         raise
     loss, measured = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
-    if before != [tensor._version for tensor in shared]:
+    if before != list(map(_VERSION, seen)):
         raise UserError(
             f"the objective of level '{level.name}' changed values or its batch in place; every evaluation of a step sees "
             "the same ones: work on a clone"
         )
-    for name, part in visible.parts.items():
-        if any(tensor._version != version for tensor, version in part):
-            raise UserError(
-                f"the objective of level '{level.name}' changed what it shares as '{name}' in place; other evaluations see "
-                "the same: work on a clone"
-            )
-    loss = _scalar(level, loss)
-    if not isinstance(measured, (dict, Mapping)):
-        raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
-    own = views[level.name]
-    kept = {name: tensor.detach() for name, tensor in own.buffers.items()} if type(own) is ModuleVariables else {}
-    seen = {name: _measurement(level, name, value) for name, value in measured.items()} if measured else {}
     if visible.parts:
         _SHARING.add(level)
-    return loss, Aftermath(seen, kept, visible.choices)
+        _refuse_changed(visible.parts, level)
+    if not (isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point()):
+        raise _no_scalar(level, loss)
+    if not isinstance(measured, (dict, Mapping)):
+        raise UserError(f"the objective of level '{level.name}' must measure a mapping of numbers, got {measured!r}")
+    numbers = {name: _measurement(level, name, value) for name, value in measured.items()} if measured else {}
+    own = views[level.name]
+    stood = own.buffers if type(own) is ModuleVariables else _NO_BUFFERS
+    kept = {name: tensor.detach() for name, tensor in stood.items()} if stood else {}
+    return loss, Aftermath(numbers, kept, visible.choices)
 
 
 def shares(level: Level) -> bool:
@@ -235,11 +239,8 @@ def known_to_share(level: Level) -> None:
     _SHARING.add(level)
 
 
-def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:
-    """The tensors that several evaluations see, and that know when they are written to."""
-    if inside_transform():
-        return []
-    tensors = [tensor for tree in trees for tensor in _tree.leaves(tree)]
+def _with_versions(tensors: list[Tensor], batch: Any) -> list[Tensor]:
+    """Those of `tensors` and in `batch` that know when they are written to."""
     waiting = [] if batch is None else [batch]
     while waiting:
         part = waiting.pop()
@@ -249,7 +250,18 @@ def _shared(trees: Iterable[Tree], batch: Any) -> list[Tensor]:
             waiting += part.values()
         elif isinstance(part, tuple | list):
             waiting += part
-    return [tensor for tensor in tensors if not tensor.is_inference()]
+    if any(map(torch.is_inference, tensors)):
+        return [tensor for tensor in tensors if not tensor.is_inference()]
+    return tensors
+
+
+def _refuse_changed(parts: Mapping[str, Iterable[tuple[Tensor, int]]], level: Level) -> None:
+    for name, part in parts.items():
+        if any(tensor._version != version for tensor, version in part):
+            raise UserError(
+                f"the objective of level '{level.name}' changed what it shares as '{name}' in place; other evaluations see "
+                "the same: work on a clone"
+            )
 
 
 def _where(error: Exception, level: Level) -> str:
@@ -265,14 +277,12 @@ def _where(error: Exception, level: Level) -> str:
     return f", {Path(code.co_filename).name}:{lines[-1]}" if code and lines else ""
 
 
-def _scalar(level: Level, loss: Any) -> Tensor:
-    if isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point():
-        return loss
+def _no_scalar(level: Level, loss: Any) -> UserError:
     if isinstance(loss, torch.Tensor):
         shown = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" + ("; take its `.mean()`" if loss.dim() else "")
     else:
         shown = repr(loss) + ("; return the tensor, without `.item()`" if isinstance(loss, float) else "")
-    raise UserError(f"the objective of level '{level.name}' must give a scalar loss, got {shown}")
+    return UserError(f"the objective of level '{level.name}' must give a scalar loss, got {shown}")
 
 
 def _measurement(level: Level, name: Any, value: Any) -> Tensor:
@@ -281,17 +291,6 @@ def _measurement(level: Level, name: Any, value: Any) -> Tensor:
     raise UserError(
         f"the objective of level '{level.name}' measured '{name}': expected a tensor or a number, got {value!r}"
     )
-
-
-def view(value: Tree, buffers: Mapping[str, Tensor] | None, skeleton: Skeleton | None) -> Any:
-    """What an objective sees of one level."""
-    if skeleton is None:
-        return value
-    value = skeleton.constrained(value)
-    if not skeleton.runs:
-        return value
-    assert isinstance(value, (dict, Mapping))
-    return ModuleVariables(skeleton, value, buffers or {})
 
 
 def options_of(level: Level, skeletons: Mapping[str, Skeleton], values: Mapping[str, Tree]) -> dict[str, Tree] | None:

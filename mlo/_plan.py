@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING, final
 
 from mlo._structure import depends_on, is_due, nested, reads, response_order, surroundings
@@ -21,6 +22,11 @@ class Plan:
 
     levels: Mapping[str, Level]
     skeletons: Mapping[str, Skeleton]
+
+    @cached_property
+    def moving(self) -> Mapping[str, Level]:
+        """The levels that are no constants."""
+        return {name: level for name, level in self.levels.items() if not level.frozen}
 
     @cached_property
     def nested(self) -> frozenset[str]:
@@ -41,11 +47,23 @@ class Plan:
 
     def agenda(self, iteration: int) -> Agenda:
         """What happens at `iteration`, which counts from 1."""
-        due = tuple([name for name, level in self.levels.items() if is_due(level, iteration)])
+        if iteration > self._settled:
+            return self._whole
+        due = tuple([name for name, level in self.moving.items() if is_due(level, iteration)])
         found = self._agendas.get(due)
         if found is None:
             found = self._agendas[due] = Agenda.of(self, due)
         return found
+
+    @cached_property
+    def _settled(self) -> float:
+        """The iteration after which all levels are due at every one, if there is one."""
+        rare = any(level.every > 1 for level in self.moving.values())
+        return inf if rare else max((level.warm_up for level in self.moving.values()), default=0)
+
+    @cached_property
+    def _whole(self) -> Agenda:
+        return Agenda.of(self, tuple(self.moving))
 
     @cached_property
     def _agendas(self) -> dict[tuple[str, ...], Agenda]:

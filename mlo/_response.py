@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 
 from mlo import _random, _tree
-from mlo._autodiff import inside_transform, is_recorded, linearise, refuse_drawing
+from mlo._autodiff import is_recorded, linearise, refuse_drawing
 from mlo._linearisation import Linearisation
+from mlo._modes import inside_transform
 from mlo._objective import Aftermath, Record, options_of
 from mlo._reduction import current_group
 from mlo._retaken import Retaken
-from mlo._step import Position, Step, Surroundings, connected, followed, joined, recorded, regrouped, take
+from mlo._step import Position, Step, Surroundings, connected, followed, joined, linearised, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
 from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
 from mlo.hypergradient._unroll import replayed
-from mlo.optimizer import OptimizerState, has_closed_pullback, multiple_of_cotangent, updated
+from mlo.optimizer import OptimizerState, multiple_of_cotangent, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,12 +67,12 @@ class Response(AbstractResponse):
     @property
     def measured(self) -> tuple[Mapping[str, Tensor], ...]:
         """What the objective measured at each step."""
-        return tuple(aftermath.measured for aftermath in self.aftermaths)
+        return tuple([aftermath.measured for aftermath in self.aftermaths])
 
-    def towards(self, names: tuple[str, ...]) -> Response:
+    def towards(self, names: Container[str]) -> Response:
         """The same, to be pulled back to no other levels than these."""
         live = tuple(name for name in self.around.live if name in names)
-        return self if live == self.around.live else replace(self, around=replace(self.around, live=live))
+        return replace(self, around=replace(self.around, live=live))
 
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
@@ -140,34 +141,40 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         tape = tape._replace(recorded=0, kept=max(replaced, tape.kept))
     every = 1 if recording else tape.every
     begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
-    position, losses, aftermaths = start, list["Tensor"](), list[Aftermath]()
-    starts, again = list[Position](), list[Record]()
+    position = start
+    losses: list[Tensor] = []
+    aftermaths: list[Aftermath] = []
+    starts: list[Position] = []
+    again: list[Record] = []
     kept: deque[Step] = deque(maxlen=max(1, tape.kept) if every == 1 else 1)
     rest = (records[-1], start.buffers)
-    closed = level.optimizer is not None and has_closed_pullback(level.optimizer)
-    with torch.no_grad() if recording else nullcontext():
-        fixed = _without_history(around) if recording else around
-        tangents = at_rest(start, fixed) if tape.forward and not recording else []
-        for number, record in enumerate(records[:begun]):
-            if kept.maxlen == 1:
-                kept.clear()  # and its gradient, before there is another
-            elif kept:
-                kept[-1] = kept[-1].bare(moments=recording or not closed)
-            # A recorded response is pulled back towards other levels than it is taken for.
-            compared = tape.compared and not recording and number == steps - 1
-            position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
-            tangents = advanced(last, tangents) if tangents else []
-            rest = (last.record, last.at.buffers)
-            kept.append(last)
-            if every > 1 and number >= first:
-                again.append(last.record)
-                if (number - first) % every == 0:
-                    starts.append(last.at)
-            losses.append(loss)
-            aftermaths.append(aftermath)
+    tangents: list[Tangent] = []
+    if begun or tape.forward:
+        with torch.no_grad() if recording else nullcontext():
+            fixed = _without_history(around) if recording else around
+            if tape.forward and not recording:
+                tangents = at_rest(start, fixed)
+            for number, record in enumerate(records[:begun]):
+                if kept.maxlen == 1:
+                    kept.clear()  # and its gradient, before there is another
+                elif kept:
+                    kept[-1] = kept[-1].bare(moments=recording or not level.has_closed_pullback)
+                # A recorded response is pulled back towards other levels than it is taken for.
+                compared = tape.compared and not recording and number == steps - 1
+                position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
+                tangents = advanced(last, tangents) if tangents else []
+                rest = (last.record, last.at.buffers)
+                kept.append(last)
+                if every > 1 and number >= first:
+                    again.append(last.record)
+                    if (number - first) % every == 0:
+                        starts.append(last.at)
+                losses.append(loss)
+                aftermaths.append(aftermath)
     found: _Recorded | None = None
     if begun < steps:
-        one = closed and steps - begun == 1 and not recording and not inside_transform()
+        alone = around.nest is None and not (recording or inside_transform())
+        one = steps - begun == 1 and alone and level.has_closed_pullback
         found = (_record_one if one else _record)(level, around, position, records[begun:steps])
         position, losses, aftermaths = found.end, [*losses, *found.losses], [*aftermaths, *found.aftermaths]
         kept, rest = deque([found.last]), (found.last.record, found.last.at.buffers)
@@ -199,20 +206,15 @@ class _Recorded(NamedTuple):
 
 
 def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Recorded:
-    """`_record` of one step whose update has a pullback in closed form: only its gradient needs a graph."""
+    """`_record` of one step of a level without a nest, whose update has a pullback in closed form: only its gradient needs a
+    graph. Not where it is recorded, nor inside a transform.
+    """
     around.tally.gradients += 1
     (record,), optimizer = records, level.optimizer
     assert optimizer is not None
 
-    def followed_gradient(live: Mapping[str, Tree]) -> tuple[Tree, tuple[Tensor, Aftermath]]:
-        values = {**around.values, **live}
-        buffers = {**around.buffers, level.name: at.buffers}
-        found, loss, aftermath = followed(level, around, values, at.variables, buffers, record)
-        return connected(level, found), (loss.detach(), aftermath)
-
-    gradient, (loss, aftermath), pull = linearise(
-        followed_gradient, {name: around.values[name] for name in around.live}
-    )
+    evaluated, loss, aftermath, pull = linearised(level, around, at, record, whole=True)
+    gradient = evaluated()
     variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
     multiple = multiple_of_cotangent(optimizer, record.iteration, at.optimizer.count)
     assert multiple is not None, "only SGD comes here"

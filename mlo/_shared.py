@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import torch
 
 from mlo import _tree
-from mlo._autodiff import Recording, grouped, leaf_of, reverse_pass
+from mlo._autodiff import grouped, leaf_of, reverse_pass
+from mlo._modes import Recording
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -43,7 +43,7 @@ class State:
     optimizers: Mapping[str, OptimizerState]
     iteration: int = 0
     seed: int = 0
-    memory: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
+    memory: Memory = field(default_factory=dict)
 
 
 @final
@@ -97,15 +97,23 @@ class Parts:
         """See the class."""
         return _tree.zeros(self.like) if self.partial is None else self.partial
 
-    @cached_property
+    @property
     def indirect(self) -> Tree:
         """The sum of all parts but the direct one."""
-        return _tree.total(self.through.values()) if self.through else _tree.zeros(self.direct)
+        return next(iter(self.through.values())) if len(self.through) == 1 else self._indirect
 
     @cached_property
+    def _indirect(self) -> Tree:
+        return _tree.total(self.through.values()) if self.through else _tree.zeros(self.direct)
+
+    @property
     def total(self) -> Tree:
         """The hypergradient."""
-        return _tree.total([self.direct, *self.through.values()]) if self.has_direct else self.indirect
+        return self.indirect if self.partial is None else self._total
+
+    @cached_property
+    def _total(self) -> Tree:
+        return _tree.total([self.direct, *self.through.values()])
 
 
 @final
@@ -129,10 +137,10 @@ class Norms:
         """The norms of `parts`, and the cosine to the hypergradient `before`."""
         through = {name: _tree.norm(part) for name, part in parts.through.items()}
         indirect = next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect)
-        total = _tree.norm(parts.total) if parts.has_direct else indirect
+        total = indirect if parts.partial is None else _tree.norm(parts.total)
         return cls(
             total=total,
-            direct=_tree.norm(parts.direct) if parts.has_direct else indirect.new_zeros(()),
+            direct=indirect.new_zeros(()) if parts.partial is None else _tree.norm(parts.partial),
             indirect=indirect,
             through=through,
             cosine=None if before is None else _cosine(parts.total, total, before),
@@ -167,9 +175,7 @@ class Metrics:
     pullbacks: tuple[tuple[str, str], ...]
     gradients: int
     products: int
-    reports: Mapping[tuple[str, str], Mapping[str, Tensor]] = field(
-        default_factory=dict[tuple[str, str], "Mapping[str, Tensor]"]
-    )
+    reports: Mapping[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -182,13 +188,11 @@ class Tally:
 
     gradients: int = 0
     products: int = 0
-    pullbacks: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    cotangents: dict[tuple[str, str], Tree] = field(default_factory=dict[tuple[str, str], "Tree"])
-    reports: dict[tuple[str, str], dict[str, Tensor]] = field(
-        default_factory=dict[tuple[str, str], "dict[str, Tensor]"]
-    )
-    recalled: Memory = field(default_factory=dict[tuple[str, str], "Mapping[str, Tree]"])
-    remembered: dict[tuple[str, str], dict[str, Tree]] = field(default_factory=dict[tuple[str, str], "dict[str, Tree]"])
+    pullbacks: list[tuple[str, str]] = field(default_factory=list)
+    cotangents: dict[tuple[str, str], Tree] = field(default_factory=dict)
+    reports: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
+    recalled: Memory = field(default_factory=dict)
+    remembered: dict[tuple[str, str], dict[str, Tree]] = field(default_factory=dict)
 
     def memory(self) -> Memory:
         """What the next iteration recalls: what is new, and what is old where nothing is."""

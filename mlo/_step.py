@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from mlo import _tree
-from mlo._autodiff import Recording, inside_transform, is_recorded, is_traced, known, linearise, recorded_gradient
+from mlo._autodiff import gradient_with_pullback, is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
-from mlo._factored import linearised_gradient
+from mlo._factored import factored_gradient
+from mlo._modes import Recording, inside_transform, is_traced, known
 from mlo._objective import Aftermath, Record, evaluate, options_of, shares
 from mlo._partials import difference_of_partials, partials, shared_partials
 from mlo._reading import reads_live
@@ -164,7 +165,7 @@ class Step(AbstractStep):
         assert optimizer is not None
         around.tally.gradients += 1
         around.tally.products += 1
-        evaluated, _, pull = linearised(level, around, self.at, self.record)
+        evaluated, _, _, pull = linearised(level, around, self.at, self.record)
         closed = pulled_back(optimizer, self.record.iteration, self.at.optimizer, cotangent, moments)
         if closed is None:
             gradient = evaluated()
@@ -288,34 +289,41 @@ def followed(
 
 
 def linearised(
-    level: Level, around: Surroundings, at: Position, record: Record
-) -> tuple[Callable[[], Tree], Mapping[Any, Any], Callable[..., Upstream]]:
+    level: Level, around: Surroundings, at: Position, record: Record, *, whole: bool = False
+) -> tuple[Callable[[], Tree], Tensor, Aftermath, Callable[..., Upstream]]:
     """The gradient that `level` follows where it stands `at`, linearised in its own variables and in the live levels.
 
-    What gives it, the choices that were made, and its pullback: see `mlo._autodiff.linearise`. One gradient. Raises
-    `GraphError` where there is none.
+    What gives it, the loss, what the evaluation leaves, and the pullback: see `mlo._autodiff.linearise`. One gradient.
+    Raises `GraphError` where there is none.
+
+    - `whole`: whether the gradient itself will be asked for. As factors it would save nothing then.
     """
     buffers = {**around.buffers, level.name: at.buffers}
-    places = {level.name: at.variables, **{name: around.values[name] for name in around.live}}
-    skeleton = around.skeletons.get(level.name)
-    outermost = around.nest is None and not (inside_transform() or is_traced() or is_recorded(places.values()))
-    if outermost and skeleton is not None and skeleton.may_be_watched:
+    places = {level.name: at.variables}
+    for name in around.live:
+        places[name] = around.values[name]
+    if around.nest is None and not (inside_transform() or is_recorded(places.values())):
 
         def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
             return evaluate(level, around.skeletons, {**around.values, **moving}, buffers, record)
 
-        evaluated, aftermath, pull = linearised_gradient(objective, places, level.name)
-        if evaluated is None:
-            raise _disconnected(level)
-        return evaluated, aftermath.choices, pull
+        skeleton = around.skeletons.get(level.name)
+        if not whole and skeleton is not None and skeleton.may_be_watched and not is_traced():
+            given, loss, aftermath, pull = factored_gradient(objective, places, level.name)
+            if given is None:
+                raise _disconnected(level)
+            return given, loss, aftermath, pull
+        gradient, loss, aftermath, pull = gradient_with_pullback(objective, places, level.name)
+        found = connected(level, gradient)
+        return lambda: found, loss, aftermath, pull
 
-    def gradient(moving: Mapping[str, Tree]) -> tuple[Tree, Mapping[Any, Any]]:
+    def gradient_there(moving: Mapping[str, Tree]) -> tuple[Tree, tuple[Tensor, Aftermath]]:
         values = {**around.values, **moving}
-        found, _, aftermath = followed(level, around, values, moving[level.name], buffers, record)
-        return connected(level, found), aftermath.choices
+        found, loss, aftermath = followed(level, around, values, moving[level.name], buffers, record)
+        return connected(level, found), (loss.detach(), aftermath)
 
-    found, choices, pull = linearise(gradient, places)
-    return lambda: found, choices, pull
+    found, (loss, aftermath), pull = linearise(gradient_there, places)
+    return lambda: found, loss, aftermath, pull
 
 
 def gradient_of_reads(level: Level, around: Surroundings, variables: Tree, at: Position, record: Record) -> Upstream:
@@ -349,7 +357,7 @@ def difference_of_reads(
 
 def _unshared(around: Surroundings) -> bool:
     """Whether evaluations are recorded, traced or made of responses themselves, so that each has to stand by itself."""
-    return around.nest is not None or inside_transform() or is_recorded(around.values.values())
+    return around.nest is not None or inside_transform() is not None or is_recorded(around.values.values())
 
 
 def connected(level: Level, gradient: Tree | None) -> Tree:

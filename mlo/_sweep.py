@@ -36,8 +36,6 @@ def sweep(
     through: dict[str, dict[str, Tree]] = {}
     idle: set[str] = set()  # pass nothing on: their method costs nothing without steps, and there are none
     for unit in _units(upper, responses):
-        name = "+".join(unit)
-        members = [responses[player] for player in unit]
         if arrived.keys().isdisjoint(unit):
             if any(set(unit) & set(responses[reader].around.live) for reader in idle):
                 idle.update(unit)
@@ -46,22 +44,26 @@ def sweep(
                 continue  # what it reaches was asked for before, and found
             reason = f"'{unit[0]}' is read neither by the objective nor by another level that is listed"
             raise GraphError([Mistake(upper, "subject_to", f"{reason}; its part would be a silent zero")])
-        if upper not in targets and not {read for member in members for read in member.around.live} - set(unit):
+        if upper not in targets and not {read for player in unit for read in responses[player].around.live} - set(unit):
             continue
         if tally is not None:
-            tally.pullbacks += [(upper, player) for player in unit]
-            tally.cotangents |= {(upper, player): arrived[player] for player in unit if player in arrived}
-        upstream = _pulled(unit, responses, arrived)
-        for read, cotangent in upstream.items():
+            for player in unit:
+                tally.pullbacks.append((upper, player))
+                if player in arrived:
+                    tally.cotangents[upper, player] = arrived[player]
+        reached = upper not in targets
+        for read, cotangent in _pulled(unit, responses, arrived).items():
             if read in targets:
-                through.setdefault(name, {})[read] = cotangent
+                through.setdefault("+".join(unit), {})[read] = cotangent
+                reached = True
             elif read in responses:
                 known = arrived.get(read)
                 arrived[read] = cotangent if known is None else _tree.add(known, cotangent)
-        first = members[0]
+                reached = True
+        first = responses[unit[0]]
         if not first.steps and first.level.hypergradient.cost(0, first.size) == (0, 0):
             idle.update(unit)
-        elif upper in targets and not any(read in targets or read in responses for read in upstream):
+        elif not reached:
             reason = (
                 f"the response of '{unit[0]}' does not reach back to '{upper}': its objective does not depend on it"
             )
@@ -80,7 +82,7 @@ def _pulled(unit: tuple[str, ...], responses: Mapping[str, Response], arrived: M
     return method.pullback(JointResponse(players), joined(weights))
 
 
-_IS_JOINT = attrgetter("level.is_joint")
+_IS_JOINT = attrgetter("level.hypergradient.is_joint")
 
 
 def _units(upper: str, responses: Mapping[str, Response]) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ step calls spell their loops out: on small problems a call for every tensor is w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from mlo._types import Tree
 
+_NUMEL: Callable[[Tensor], int] = methodcaller("numel")
+_DETACH: Callable[[Tensor], Tensor] = methodcaller("detach")
 _MAPPINGS = (dict, Mapping)
 """What is no dict is asked whether it is a mapping, which takes six times as long."""
 
@@ -72,6 +75,20 @@ def add(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
     return {name: tensor.add(table[name], alpha=scale) for name, tensor in tree.items()}
 
 
+def add_into(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
+    """`add`, for a `tree` that nobody else holds: it is written to where that is allowed, and saves a copy of its size."""
+    from mlo._modes import may_overwrite  # nothing else here needs torch
+
+    if not (isinstance(scale, (int, float)) and may_overwrite()):
+        return add(tree, other, scale=scale)
+    if not isinstance(tree, _MAPPINGS):
+        return tree.add_(_tensor(other), alpha=scale)
+    table = _table(other)
+    for name, tensor in tree.items():
+        tensor.add_(table[name], alpha=scale)
+    return tree
+
+
 def subtract(tree: Tree, other: Tree) -> Tree:
     """tree − other."""
     return apply(lambda one, two: one - two, tree, other)
@@ -89,7 +106,7 @@ def zeros(tree: Tree) -> Tree:
 
 def detach(tree: Tree) -> Tree:
     """`tree` without its history."""
-    return {name: tensor.detach() for name, tensor in tree.items()} if isinstance(tree, _MAPPINGS) else tree.detach()
+    return dict(zip(tree, map(_DETACH, tree.values()), strict=True)) if isinstance(tree, _MAPPINGS) else tree.detach()
 
 
 def inner(tree: Tree, other: Tree) -> Tensor:
@@ -100,7 +117,7 @@ def inner(tree: Tree, other: Tree) -> Tensor:
 
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all entries, a zero-dimensional tensor."""
-    return _sum([tensor.square().sum() for tensor in leaves(tree)]).sqrt()
+    return _sum([(tensor * tensor).sum() for tensor in leaves(tree)]).sqrt()
 
 
 def alike(tree: Tree, other: Tree) -> bool:
@@ -116,7 +133,7 @@ def alike(tree: Tree, other: Tree) -> bool:
 
 def size(tree: Tree) -> int:
     """How many numbers `tree` holds."""
-    return sum([tensor.numel() for tensor in leaves(tree)])
+    return sum(map(_NUMEL, tree.values())) if isinstance(tree, _MAPPINGS) else tree.numel()
 
 
 def total(trees: Iterable[Tree]) -> Tree:

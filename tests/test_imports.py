@@ -19,11 +19,11 @@ ROOT = Path(mlo.__file__).parents[1]
 
 # From the ground up: a module imports from the layers below its own, and a package from itself.
 LAYERS = [
-    {"mlo._errors", "mlo._types"},
+    {"mlo._errors", "mlo._modes", "mlo._types"},
     {"mlo._patterns", "mlo._random", "mlo._score_function", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._backend", "mlo._chain", "mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},
-    {"mlo._factored", "mlo._level", "mlo._reading", "mlo._shared", "mlo._state"},
+    {"mlo._factored", "mlo._finite", "mlo._level", "mlo._reading", "mlo._shared", "mlo._state"},
     {"mlo._flat", "mlo._objective", "mlo._plan"},
     {"mlo._partials"},
     {"mlo._step"},

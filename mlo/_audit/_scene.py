@@ -57,7 +57,7 @@ class Scene:
             inner = {lower for name in run & plan.nested for lower in plan.differentiated(name)}  # taken anew above
             for name in (name for name in plan.levels if name in run):
                 taken |= inside.retaken(name, () if name in inner else below, live)
-        inside.refuse_non_finite()
+        inside.finite.refuse(inside.number)
         responses = {name: taken[name] for name in below}
         try:
             parts, loss, _ = inside.differentiate(upper, responses, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlo import _tree
 from mlo.optimizer._abstract import OptimizerState
@@ -31,15 +31,32 @@ def adaptive_step(
     epsilon: Setting,
 ) -> tuple[Tree, OptimizerState]:
     """m, v and w as in `Adam`, where `gradient` is its g."""
+    from mlo._modes import may_overwrite  # optimizers can be described without torch
+
     count = state.count + 1
+    beta1: Any
+    beta2: Any
     beta1, beta2 = betas
-    first = _tree.apply(lambda m, g: mixed(m, g, 1 - beta1), state.moments["first"], gradient)
-    second = _tree.apply(lambda v, g: add_product(v * beta2, g, g, scale=1 - beta2), state.moments["second"], gradient)
-    size = rate / (1 - beta1**count)
-    spread = (1 - beta2**count) ** 0.5
-
-    def move(parameter: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        return add_quotient(parameter, m, root(v) / fitted(spread, v) + epsilon, scale=-fitted(size, parameter))
-
-    updated = _tree.apply(move, parameters, first, second)
-    return updated, OptimizerState(count=count, moments={"first": first, "second": second})
+    size: Any = rate / (1 - beta1**count)
+    spread: Any = (1 - beta2**count) ** 0.5
+    numbers = isinstance(size, float) and isinstance(spread, float) and isinstance(epsilon, (int, float))
+    plain = numbers and may_overwrite()
+    gradients, means, squares = map(_tree.named, (gradient, state.moments["first"], state.moments["second"]))
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    moved: list[Tensor] = []
+    for name, parameter in _tree.named(parameters).items():
+        g = gradients[name]
+        if plain:  # the same numbers, in fewer copies
+            m = means[name].lerp(g, 1 - beta1)
+            v = (squares[name] * beta2).addcmul_(g, g, value=1 - beta2)
+            moved.append(parameter.addcdiv(m, v.sqrt().div_(spread).add_(epsilon), value=-size))
+        else:
+            m = mixed(means[name], g, 1 - beta1)
+            v = add_product(squares[name] * beta2, g, g, scale=1 - beta2)
+            scaled = root(v) / fitted(spread, v) + epsilon
+            moved.append(add_quotient(parameter, m, scaled, scale=-fitted(size, parameter)))
+        first.append(m)
+        second.append(v)
+    moments = {"first": _tree.rebuild(parameters, first), "second": _tree.rebuild(parameters, second)}
+    return _tree.rebuild(parameters, moved), OptimizerState(count=count, moments=moments)

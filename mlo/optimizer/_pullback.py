@@ -8,7 +8,7 @@ from mlo import _tree
 from mlo.optimizer._abstract import AbstractOptimizer, OptimizerState, plain
 from mlo.optimizer._apply import at
 from mlo.optimizer._arithmetic import is_one, is_zero
-from mlo.optimizer._read import options_read
+from mlo.optimizer._read import Read
 from mlo.optimizer._sgd import SGD
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def has_closed_pullback(optimizer: AbstractOptimizer) -> bool:
     """Whether `pulled_back` knows the formula: SGD that neither clips, nor groups parameters, nor reads options."""
     clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
-    return isinstance(optimizer, SGD) and not (clips or optimizer.groups or any(options_read(optimizer)))
+    return isinstance(optimizer, SGD) and not (clips or optimizer.groups or Read in map(type, vars(optimizer).values()))
 
 
 def pulled_back(

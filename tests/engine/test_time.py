@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mlo
+from mlo._graph import plan_of
 from mlo._structure import held_fixed
 
 UNROLL, DIFFERENCE = mlo.hypergradient.Unroll(), mlo.hypergradient.FiniteDifference()
@@ -83,6 +84,18 @@ def test_a_level_moves_when_it_is_due(steps, every, warm_up, iterations):
         assert set(metrics.losses) == ({"w"} if due else set())
         assert metrics.gradients == steps * due
     assert graph.cost(iterations).gradients == taken
+
+
+@given(timing=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4)), min_size=1, max_size=4), together=st.booleans())
+def test_who_is_due_together(timing, together):
+    """`together`: at every iteration, once all have warmed up; the agenda is then always the same one."""
+    timing = [(1, warm_up) if together else (every, warm_up) for every, warm_up in timing]
+    levels = [counter(f"w{place}", every=every, warm_up=warm_up) for place, (every, warm_up) in enumerate(timing)]
+    plan = plan_of(mlo.Graph([*levels, mlo.Level("constant", variables=torch.zeros(2))]))
+    for iteration in (*range(1, 12), 1000, 1):
+        due = {f"w{place}" for place, each in enumerate(timing) if due_by_hand(iteration, *each)}
+        assert plan.agenda(iteration).due == tuple(name for name in plan.levels if name in due)
+    assert (plan.agenda(1000) is plan.agenda(999)) or not together
 
 
 def test_a_level_in_its_warm_up_is_read_as_it_stands():
