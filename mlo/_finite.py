@@ -33,6 +33,7 @@ class Finite:
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, int, str, Tree]] = []
+        self._summed: list[tuple[str, int, str, Tensor]] = []
         self._numbers: list[Tensor] = []
         self._tensors: list[Tensor] = []
 
@@ -48,25 +49,23 @@ class Finite:
 
     def numbers(self) -> list[tuple[str, int, str, Tensor]]:
         """What must be finite, as zero-dimensional tensors, which are all that is held of it from now on."""
-        numbers: list[tuple[str, int, str, Tensor]] = []
         for level, step, term, tree in self._seen:
             for tensor in _tree.leaves(tree):
-                numbers.append((level, step, term, tensor.sum() if tensor.dim() else tensor))
-        self._seen, self._numbers, self._tensors = [*numbers], [number for *_, number in numbers], []
-        return numbers
+                self._summed.append((level, step, term, tensor.sum() if tensor.dim() else tensor))
+        self._seen, self._numbers, self._tensors = [], [], []
+        return self._summed
 
     def refuse(self, iteration: int) -> None:
         """Raise `NumericalError` for the first that is not. Inside a transform and while tracing nobody can look."""
-        if inside_transform() or is_traced() or not self._seen:
+        if inside_transform() or is_traced():
             return
-        if all(
-            map(_IS_CPU, (*self._numbers, *self._tensors))
-        ):  # nothing has to be waited for, and each lies in the cache
+        at_once = not self._summed and all(map(_IS_CPU, (*self._numbers, *self._tensors)))
+        if at_once:  # nothing has to be waited for, and each lies in the cache
             totals = map(_NUMBER, map(torch.sum, self._tensors))
             if all(map(isfinite, map(_NUMBER, self._numbers))) and all(map(isfinite, totals)):
                 return
         entries = self.numbers()
-        if not bool(_in_one([number for *_, number in entries]).isfinite().all()):
+        if entries and not bool(_in_one([number for *_, number in entries]).isfinite().all()):
             level, step, term, _ = next(entry for entry in entries if not bool(entry[3].isfinite()))
             raise NumericalError(level=level, step=step, term=term, iteration=iteration)
 

@@ -173,8 +173,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
                 aftermaths.append(aftermath)
     found: _Recorded | None = None
     if begun < steps:
-        alone = around.nest is None and not (recording or inside_transform())
-        one = steps - begun == 1 and alone and level.has_closed_pullback
+        one = steps - begun == 1 and level.has_closed_pullback and not (recording or inside_transform())
         found = (_record_one if one else _record)(level, around, position, records[begun:steps])
         position, losses, aftermaths = found.end, [*losses, *found.losses], [*aftermaths, *found.aftermaths]
         kept, rest = deque([found.last]), (found.last.record, found.last.at.buffers)
@@ -206,8 +205,9 @@ class _Recorded(NamedTuple):
 
 
 def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Recorded:
-    """`_record` of one step of a level without a nest, whose update has a pullback in closed form: only its gradient needs a
-    graph. Not where it is recorded, nor inside a transform.
+    """`_record` of one step whose update has a pullback in closed form: only its gradient needs a graph.
+
+    Not where it is recorded, nor inside a transform.
     """
     around.tally.gradients += 1
     (record,), optimizer = records, level.optimizer
