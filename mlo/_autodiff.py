@@ -289,7 +289,7 @@ def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstr
         own = dict(zip(tree, found[begin : begin + len(tree)], strict=True))
         begin += len(tree)
         kinds = set(map(type, own.values()))
-        if NoneType not in kinds:
+        if own and NoneType not in kinds:
             by_name[name] = cast("Tree", own)
         elif len(kinds) > 1:
             by_name[name] = {

@@ -7,7 +7,7 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import torch
 from torch import nn
@@ -32,8 +32,20 @@ _HOOKS = (
 )
 
 
-Layer: TypeAlias = "tuple[str, str | None, Tensor, Tensor, int]"
-"""A linear layer as it ran: the names of weight and bias, what went in, what came out, and the version of what went in."""
+class Layer(NamedTuple):
+    """A linear layer as it was run: the names of its tensors, what went in, what came out, and their versions then."""
+
+    weight: str
+    bias: str | None
+    before: Tensor
+    after: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether what went in and what came out still hold the same numbers."""
+        return self.versions == (self.before._version, self.after._version)
+
 
 IMAGES = 2
 """How many numbers may come out of the layers that are watched, in copies of the leaves: as many go through them again."""
@@ -50,18 +62,28 @@ class Watched(dict[str, "Tensor"]):
         super().__init__(tensors)
         self.elsewhere = False
         self._layers: list[Layer] = []
-        self._differentiated: list[Any] = []
+        self._differentiated: list[bool] = []
         self._handles: list[Any] = []
         self._closed = False
 
-    def begin(self, x: Any) -> list[Layer] | None:
-        """Where a chain that is run on `x` notes its linear layers; None if nobody wants to know."""
+    def begin(self, x: Any) -> bool:
+        """Whether a chain that is run on `x` has to be noted, layer by layer."""
         if self._closed:  # it is run again for what a checkpoint let go of
-            return None
+            return False
         if self.elsewhere or _is_unusual() or not _is_plain(x):
-            self.elsewhere = True
-            return None
-        return self._layers
+            self._give_up()
+        return not self.elsewhere
+
+    def note(self, weight: str, bias: str | None, before: Tensor, after: Tensor) -> None:
+        """A linear layer was run, on tensors of these names. One that is held fixed is not noted, nor held."""
+        known = weight in self
+        if self.elsewhere or not (known or bias in self):
+            return
+        usual = known and (bias is None or bias in self) and after.requires_grad and type(after) is torch.Tensor
+        if usual and before.dtype == after.dtype == self[weight].dtype:  # not under autocast
+            self._layers.append(Layer(weight, bias, before, after, (before._version, after._version)))
+        else:
+            self._give_up()
 
     def left(self, x: Any) -> Any:
         """What a chain gives in place of `x`, which came out of it.
@@ -71,9 +93,15 @@ class Watched(dict[str, "Tensor"]):
         """
         if not self._layers:
             return x
-        last = self._layers[-1][3]
-        if last.grad_fn is not None:
-            self._handles.append(cast("Any", last.grad_fn).register_prehook(self._differentiated.append))
+        seen = (
+            self._differentiated
+        )  # a hook is out of the sight of Python's collector: it holds no gradient, and not this
+
+        def differentiated(gradients: object) -> None:
+            seen.append(True)
+
+        last = self._layers[-1].after
+        self._handles.append(cast("Any", last.grad_fn).register_prehook(differentiated))
         return x.clone() if x is last else x
 
     def close(self) -> list[Layer]:
@@ -84,26 +112,14 @@ class Watched(dict[str, "Tensor"]):
         for handle in self._handles:
             handle.remove()
         layers, self._layers, self._handles, self._closed = self._layers, [], [], True
-        if self.elsewhere or self._differentiated:
-            self._differentiated.clear()
+        if self.elsewhere or self._differentiated or not layers:
             return []
-        found: list[Layer] = []
-        held = 0
-        for layer in layers:
-            weight, bias, before, after, version = layer
-            known = weight in self
-            if bias is not None and (bias in self) is not known:
-                return []  # a part of it is held fixed
-            if not known:
-                continue  # all of it is
-            usual = after.requires_grad and type(after) is torch.Tensor
-            if not usual or not before.dtype == after.dtype == self[weight].dtype:  # under autocast, say
-                return []
-            if before._version != version or after._version:
-                return []
-            held += after.numel()
-            found.append(layer)
-        return found if held <= IMAGES * sum(map(torch.numel, self.values())) else []
+        small = sum([layer.after.numel() for layer in layers]) <= IMAGES * sum(map(torch.numel, self.values()))
+        return layers if small and all(layer.is_untouched for layer in layers) else []
+
+    def _give_up(self) -> None:
+        self.elsewhere = True
+        self._layers = []
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -134,16 +150,16 @@ class Chain:
 
     def __call__(self, tensors: Mapping[str, Tensor], x: Any, watched: Watched | None = None) -> Any:
         """What the module gives for one positional argument; `watched` learns of the linear layers."""
-        noted = None if watched is None else watched.begin(x)
+        noted = watched if watched is not None and watched.begin(x) else None
         for link in self._links:
             if isinstance(link, tuple):
                 weight, bias = link
                 before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
                 if noted is not None:
-                    noted.append((weight, bias, before, x, before._version))
+                    noted.note(weight, bias, before, x)
             else:
                 x = link(x)
-        return x if watched is None or noted is None else watched.left(x)
+        return x if noted is None else noted.left(x)
 
 
 def chain_of(module: nn.Module) -> Chain | None:

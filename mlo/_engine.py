@@ -17,7 +17,7 @@ from mlo._errors import GraphError, Mistake, UserError
 from mlo._finite import Finite
 from mlo._modes import inside_transform
 from mlo._nest import Below, Nest
-from mlo._objective import Record, options_of
+from mlo._objective import ChangedInPlaceError, Record, options_of
 from mlo._partials import partials
 from mlo._plan import Plan
 from mlo._reading import reads_live
@@ -297,6 +297,8 @@ def taken(plan: Plan, state: State, batches: Mapping[str, Any]) -> Iteration:
                 responses |= inside.descend(name, pulled, agenda.live)
         if agenda.ahead:
             inside.look_ahead(agenda.ahead)
+    except ChangedInPlaceError:  # nobody can tell any more what was finite
+        raise
     except Exception:  # an objective that stumbles over NaN is not at fault: who brought it about is
         inside.finite.refuse(inside.number)
         raise

@@ -41,15 +41,17 @@ def factored_gradient(
     watched = Watched(_tree.named(leaves[own]))
     places = {**leaves, own: watched}
     with Recording(), PlainAttention():
-        value, after = function(places)
-        layers = watched.close()
+        try:
+            value, after = function(places)
+        finally:
+            layers = watched.close()
         if layers and value.requires_grad:
             one = (torch.ones_like(value),)
-            found = reverse_pass((value,), [after for _, _, _, after, _ in layers], one, retain=True, again=True)
+            found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
             pairs: list[_Pair] = []
-            for (weight, bias, before, _, version), delta in zip(layers, found, strict=True):
+            for layer, delta in zip(layers, found, strict=True):
                 if delta is not None:
-                    pairs.append(_Pair(weight, bias, before, version, delta))
+                    pairs.append(_Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta))
             factors = _Factors(watched, pairs, places)
             return factors.multiplied if pairs else None, value.detach(), after, factors.pull
         gradient, pull = gradient_of(value, places, own)

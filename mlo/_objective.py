@@ -77,6 +77,11 @@ class UnlistedLevelError(UserError, KeyError):
 
 
 @final
+class ChangedInPlaceError(UserError):
+    """An objective wrote to what other evaluations see."""
+
+
+@final
 class Values(Mapping[str, Any]):
     """The levels an objective may read: `values[name]` is a tensor, tensors by name, or a module that can be called."""
 
@@ -211,7 +216,7 @@ def evaluate(
         raise
     loss, measured = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
     if before != list(map(_VERSION, seen)):
-        raise UserError(
+        raise ChangedInPlaceError(
             f"the objective of level '{level.name}' changed values or its batch in place; every evaluation of a step sees "
             "the same ones: work on a clone"
         )

@@ -91,8 +91,7 @@ class _Processes(AbstractGroup):
         return numbers
 
 
-_GROUPS: Any = getattr(distributed.distributed_c10d, "_pg_map", True) if distributed.is_available() else ()
-"""The groups that this process has started: none, as a rule, and then nobody need be asked. True where torch hides them."""
+_AVAILABLE = distributed.is_available()
 _PROCESSES = _Processes()
 
 
@@ -119,7 +118,7 @@ def current_group() -> AbstractGroup | None:
     """Those among whom batches are divided; None where this process sees all of every batch."""
     if _local.group is not None:
         return _local.group
-    started = _GROUPS and distributed.is_initialized() and distributed.get_world_size() > 1
+    started = _AVAILABLE and distributed.is_initialized() and distributed.get_world_size() > 1
     return _PROCESSES if started else None
 
 

@@ -81,12 +81,11 @@ def add_into(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
 
     if not (isinstance(scale, (int, float)) and may_overwrite()):
         return add(tree, other, scale=scale)
-    if not isinstance(tree, _MAPPINGS):
-        return tree.add_(_tensor(other), alpha=scale)
-    table = _table(other)
-    for name, tensor in tree.items():
-        tensor.add_(table[name], alpha=scale)
-    return tree
+
+    def into(one: Tensor, two: Tensor) -> Tensor:  # of zero-dimensional tensors another type may win
+        return one.add_(two, alpha=scale) if one.dtype == two.dtype else one.add(two, alpha=scale)
+
+    return apply(into, tree, other) if isinstance(tree, _MAPPINGS) else into(tree, _tensor(other))
 
 
 def subtract(tree: Tree, other: Tree) -> Tree:

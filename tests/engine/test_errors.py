@@ -558,3 +558,18 @@ def test_measurements_that_are_no_numbers_are_refused(measured):
     graph = mlo.Graph([level("w", objective=lambda values, batch: (values["w"].sum(), measured))])
     with pytest.raises(mlo.UserError, match=r"level 'w' (must measure a mapping|measured 'a')"):
         graph.step(graph.init())
+
+
+def test_who_writes_infinity_in_place_is_told_so():
+    def outer(values: Any, batch: Any) -> Tensor:
+        values["w"].detach().fill_(float("-inf"))
+        return values["u"].square().sum()
+
+    graph = mlo.Graph(
+        [
+            level("w", objective=lambda values, batch: values["w"].square().sum()),
+            level("u", objective=outer, given=["w"]),
+        ]
+    )
+    with pytest.raises(mlo.UserError, match="the objective of level 'u' changed values or its batch in place"):
+        graph.step(graph.init())

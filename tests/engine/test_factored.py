@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mlo
+from mlo._autodiff import grouped
+from mlo._chain import Watched, chain_of
 from mlo._engine import Iteration
 from mlo._factored import _Factors
 from mlo.hypergradient import CentralDifference as Central
@@ -467,3 +469,56 @@ def test_state_and_random_numbers_stay_as_they_were(factors):
     assert torch.equal(*found)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(state.values["w"][name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("way", ["held fixed", "without a record"])
+def test_layers_that_do_not_count_hold_nothing(way):
+    """Three activations stand while the objective goes on, and none of them is needed."""
+    network = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 5), nn.Sigmoid(), nn.Linear(5, 1)).double()
+    for parameter in (network if way == "held fixed" else nn.Sequential()).parameters():
+        parameter.requires_grad_(False)
+    watched = Watched({f"leaf.{name}": tensor for name, tensor in network.named_parameters()})
+    if way == "without a record":
+        watched = Watched({name: tensor.detach().requires_grad_() for name, tensor in network.named_parameters()})
+    chain = chain_of(network)
+    assert chain is not None
+    with torch.set_grad_enabled(way == "held fixed"):
+        out = chain({**dict(network.named_parameters()), **watched}, X, watched)
+    assert out.shape == (6, 1)
+    assert not watched._layers
+    assert watched.elsewhere == (way == "without a record")
+
+
+def test_an_objective_that_differentiates_and_fails_leaves_nothing_behind():
+    seen = list[Any]()
+
+    def failing(values: Any, batch: Any) -> Tensor:
+        x = X.clone().requires_grad_()
+        seen.append(weakref.ref(x.untyped_storage()))
+        (slope,) = torch.autograd.grad(values["w"](x).sum(), x, create_graph=True)
+        if len(seen) > 3:  # three steps, and then where it is linearised
+            raise ValueError("by accident")
+        return fit(values, batch) + slope.square().mean()
+
+    graph = graph_of(mlp(), failing, METHODS["CG"])
+    with pytest.raises(ValueError, match="by accident"):
+        graph.parts("u", graph.init(seed=3))
+    gc.collect()
+    assert len(seen) == 4
+    assert not [reference for reference in seen if reference() is not None]
+
+
+def test_a_layer_that_adds_its_bias_in_place_is_factored(factors):
+    """As torch does for an input of three dimensions that is not contiguous."""
+
+    def objective(values: Any, batch: Any) -> Tensor:
+        x = X.reshape(2, 3, 3).transpose(0, 1)
+        return (values["u"].exp() * (values["w"](x).reshape(-1) - 1).square()).mean()
+
+    check(graph_of(mlp(), objective, METHODS["CG"]), factors, factored=True)
+
+
+def test_a_tree_without_tensors_is_not_there():
+    w = {"w": torch.ones(2)}
+    assert grouped({"empty": {}, "w": w}, [None]) == {}
+    assert grouped({"empty": {}, "w": w}, [w["w"]]) == {"w": w}

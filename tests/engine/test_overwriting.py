@@ -112,3 +112,12 @@ def test_a_tree_and_a_tensor_do_not_add_up():
         _tree.add_into({"a": normal(2, seed=1)}, normal(2, seed=1))
     with torch.no_grad(), pytest.raises(TypeError):
         _tree.add_into(normal(2, seed=1), {"a": normal(2, seed=1)})
+
+
+def test_a_wider_number_wins_whether_they_write_or_not():
+    """Of zero-dimensional tensors; a weight decay that is read may be one."""
+    narrow, wide = torch.tensor(0.5), torch.tensor(0.25, dtype=torch.float64)
+    with torch.no_grad():
+        found = _tree.add_into(narrow.clone(), wide)
+    assert found.dtype == torch.float64
+    assert found == 0.75
