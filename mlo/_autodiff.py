@@ -257,7 +257,7 @@ def leaf_of(tensor: Tensor) -> Tensor:
 
 def _leaf(tensor: Tensor) -> Tensor:
     """`leaf_of` what has no history and is no leaf yet; everything else as it is."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    return tensor if tensor.requires_grad else leaf_of(tensor)
 
 
 def leaves_of(trees: Mapping[str, Tree]) -> tuple[Mapping[str, Tree], list[Tensor]]:

@@ -93,9 +93,7 @@ class Watched(dict[str, "Tensor"]):
         """
         if not self._layers:
             return x
-        seen = (
-            self._differentiated
-        )  # a hook is out of the sight of Python's collector: it holds no gradient, and not this
+        seen = self._differentiated  # a hook is out of the sight of Python's collector: it holds nothing else
 
         def differentiated(gradients: object) -> None:
             seen.append(True)

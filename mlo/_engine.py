@@ -111,8 +111,7 @@ class Iteration:
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)
         within = {upper, *responses}
-        if not all(map(within.issuperset, [response.around.live for response in responses.values()])):
-            responses = {name: response.towards(within) for name, response in responses.items()}
+        responses = {name: response.towards(within) for name, response in responses.items()}
         through: dict[str, Tree] = {}
         for name, arrived in sweep(upper, responses, cotangents, self.tally).items():
             if upper in arrived:
@@ -127,7 +126,7 @@ class Iteration:
         responses = self.retaken(name, pulled, live)
         for taken, response in responses.items():
             self.losses[taken], self.measured[taken] = response.losses, response.measured
-            parts = [part for left in response.aftermaths for part in left.parts] if taken in self.plan.nested else []
+            parts = [part for left in response.aftermaths for part in left.parts]
             if parts:
                 totals = [self._last_hypergradient(taken), *(part.total for part in parts)]
                 self.norms[taken] = tuple(map(Norms.of, parts, totals))

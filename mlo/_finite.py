@@ -27,8 +27,8 @@ _NUMBER: Callable[[Tensor], float] = methodcaller("item")
 class Finite:
     """What must be finite in an iteration: by level, step and term a number or a tree, in the order in which it came about.
 
-    All is looked at when the iteration is over: sums one after the other take half as long as sums that are taken here and
-    there between reverse passes.
+    All is looked at when the iteration is over, a sum a tensor: one after the other they take half as long as here and there
+    between reverse passes. Until then the trees are held, which are no more than what the levels moved to.
     """
 
     def __init__(self) -> None:

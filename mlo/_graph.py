@@ -189,12 +189,11 @@ class Graph:
 
     def values(self, state: State, names: Iterable[str] | None = None) -> Mapping[str, Any]:
         """What an objective sees of the levels in `state`: for evaluating them outside the graph."""
-        skeletons = self._plan.skeletons
-        return {
-            name: skeletons[name].view(value, state.buffers.get(name, {})) if name in skeletons else value
-            for name in (self.order if names is None else names)
-            for value in [state.values[name]]
-        }
+        seen: dict[str, Any] = {}
+        for name in self.order if names is None else names:
+            value, skeleton = state.values[name], self._plan.skeletons.get(name)
+            seen[name] = value if skeleton is None else skeleton.view(value, state.buffers.get(name, {}))
+        return seen
 
     def _checked(self, batches: Mapping[str, Any] | None) -> Mapping[str, Any]:
         for name in batches or {}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -69,8 +69,10 @@ class Response(AbstractResponse):
         """What the objective measured at each step."""
         return tuple([aftermath.measured for aftermath in self.aftermaths])
 
-    def towards(self, names: Container[str]) -> Response:
+    def towards(self, names: set[str]) -> Response:
         """The same, to be pulled back to no other levels than these."""
+        if names.issuperset(self.around.live):
+            return self
         live = tuple(name for name in self.around.live if name in names)
         return replace(self, around=replace(self.around, live=live))
 
