@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.autograd import Variable
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from mlo import _tree
@@ -124,7 +125,7 @@ def reverse_pass(
     """
     outputs, inputs, weights = tuple(outputs), tuple(inputs), tuple(weights)
     fits = list(map(_SHAPE, outputs)) == list(map(_SHAPE, weights))
-    if fits and not (has_torch_function((*outputs, *inputs)) or torch.compiler.is_compiling()):
+    if fits and not (has_torch_function((*outputs, *inputs)) or is_dynamo_compiling()):
         return _run_backward(outputs, weights, retain, again, inputs, True, accumulate_grad=False)
     return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain, create_graph=again, allow_unused=True)
 
@@ -290,7 +291,7 @@ def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstr
         begin += len(tree)
         kinds = set(map(type, own.values()))
         if own and NoneType not in kinds:
-            by_name[name] = cast("Tree", own)
+            by_name[name] = own  # pyright: ignore[reportArgumentType]
         elif len(kinds) > 1:
             by_name[name] = {
                 key: torch.zeros_like(leaf) if (part := own[key]) is None else part for key, leaf in tree.items()

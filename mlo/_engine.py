@@ -105,9 +105,9 @@ class Iteration:
         level = self.plan.levels[upper]
         values, buffers = self._seen_by(level)
         self.tally.gradients += 1
-        found, loss, aftermath = partials(
-            level, self.plan.skeletons, values, buffers, self.record(upper, step), (upper, *responses)
-        )
+        record, towards = self.record(upper, step), (upper, *responses)
+        factored = next((name for name, response in responses.items() if response.takes_factors), None)
+        found, loss, aftermath = partials(level, self.plan.skeletons, values, buffers, record, towards, factored)
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)
         within = {upper, *responses}

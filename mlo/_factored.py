@@ -6,11 +6,15 @@ A layer z = aWᵀ + b of a loss f has the gradients ∂f/∂W = δᵀa and ∂f/
 
 so that whoever only pulls gradients back needs δ as a recorded function, and the image aVᵀ + v of the layer's input, but no
 gradient: of a step that is evaluated again that is one matrix product a layer less, of nine.
+
+Where the cotangent is itself such a gradient, V = δ'ᵀa' of an upper level's batch, its image is (aa'ᵀ)δ': inner products of
+samples. In front of a wide layer that takes fewer multiplications than V alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 import torch
@@ -18,8 +22,8 @@ from torch.nn.functional import linear
 
 from mlo import _tree
 from mlo._autodiff import gradient_of, grouped, leaves_of, pulled, reverse_pass
-from mlo._chain import Watched
-from mlo._modes import PlainAttention, Recording, inside_transform
+from mlo._chain import Layer, Watched
+from mlo._modes import NotRecording, PlainAttention, Recording, inside_transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +52,54 @@ def factored_gradient(
         if layers and value.requires_grad:
             one = (torch.ones_like(value),)
             found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
-            pairs: list[_Pair] = []
-            for layer, delta in zip(layers, found, strict=True):
-                if delta is not None:
-                    pairs.append(_Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta))
+            pairs = _paired(layers, found)
             factors = _Factors(watched, pairs, places)
             return factors.multiplied if pairs else None, value.detach(), after, factors.pull
         gradient, pull = gradient_of(value, places, own)
     return None if gradient is None else lambda: gradient, value.detach(), after, pull
+
+
+def gradients_as_factors(
+    function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree], factored: str
+) -> tuple[Upstream, Tensor, After]:
+    """`mlo._autodiff.gradients`, with that in `at[factored]` as `Factored` where it can be.
+
+    Not inside a transform, not traced, and at the outermost level only: not where `at` is recorded.
+    """
+    leaves, _ = leaves_of(at)
+    watched = Watched(_tree.named(leaves[factored]))
+    places = {**leaves, factored: watched}
+    with Recording():
+        try:
+            value, after = function(places)
+        finally:
+            layers = watched.close()
+    if not value.requires_grad:
+        return {}, value.detach(), after
+    others = {name: tree for name, tree in leaves.items() if name != factored} if layers else leaves
+    inputs = [layer.after for layer in layers]
+    for tree in others.values():
+        inputs += _tree.leaves(tree)
+    found = reverse_pass((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
+    gradient = grouped(others, found[len(layers) :])
+    pairs = _paired(layers, found)
+    if pairs:
+        gradient = {**gradient, factored: Factored(watched, pairs)}
+    return gradient, value.detach(), after
+
+
+def takes_factors(pull: Callable[..., Upstream]) -> bool:
+    """Whether a pullback of `factored_gradient` makes use of a cotangent that is left as factors."""
+    return isinstance(getattr(pull, "__self__", None), _Factors)
+
+
+def _paired(layers: Iterable[Layer], deltas: Iterable[Tensor | None]) -> list[_Pair]:
+    """The gradients of `layers`, without those that the value does not depend on."""
+    return [
+        _Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta)
+        for layer, delta in zip(layers, deltas, strict=False)
+        if delta is not None
+    ]
 
 
 class _Pair(NamedTuple):
@@ -67,11 +111,68 @@ class _Pair(NamedTuple):
     version: int
     delta: Tensor
 
-    def multiplied(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
-        """Both gradients, by name."""
-        rows, columns = (part.flatten(0, -2) if part.dim() > 1 else part[None] for part in (delta, before))
-        found = {self.weight: rows.mT @ columns}
-        return found if self.bias is None else {**found, self.bias: rows.sum(0)}
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """δ and what went into the layer, a row a sample. Raises RuntimeError if the latter has changed since."""
+        if self.before._version != self.version:
+            raise RuntimeError("what went into a linear layer has been changed in place before it was pulled back to")
+        return _rows(self.delta), _rows(self.before)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    dimensions = tensor.dim()
+    if dimensions == 2:
+        return tensor
+    return tensor.flatten(0, -2) if dimensions > 2 else tensor[None]
+
+
+def _multiplied(pairs: Iterable[_Pair], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that `pairs` are the factors of, by the names of `leaves`. Zero where there are none."""
+    total: dict[str, Tensor] = {}
+    for pair in pairs:
+        delta, before = pair.rows()
+        product = delta.t().mm(before)
+        total[pair.weight] = total[pair.weight] + product if pair.weight in total else product
+        if pair.bias is not None:
+            shift = delta.sum(0)
+            total[pair.bias] = total[pair.bias] + shift if pair.bias in total else shift
+    return {name: total[name] if name in total else leaf.new_zeros(leaf.shape) for name, leaf in leaves.items()}
+
+
+@final
+class Factored(Mapping[str, "Tensor"]):
+    """A gradient by name that is multiplied out when somebody looks at it; of what is recorded it takes no note."""
+
+    def __init__(self, leaves: Mapping[str, Tensor], pairs: Sequence[_Pair]) -> None:
+        self._leaves, self._pairs = leaves, pairs
+
+    @cached_property
+    def _whole(self) -> Mapping[str, Tensor]:
+        with NotRecording():
+            return _multiplied(self._pairs, self._leaves)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def image(self, before: Tensor, weight: str, bias: str | None) -> Tensor:
+        """aVᵀ + v of what goes into a layer, for what stands here under the names of its tensors.
+
+        (aa'ᵀ + 1)δ' where that takes fewer multiplications, V and v not being there: the 1 is what Σ δ' comes from.
+        """
+        pairs = [pair for pair in self._pairs if pair.weight == weight]
+        if "_whole" in vars(self) or len(pairs) != 1:
+            return linear(before, self[weight], None if bias is None else self[bias])
+        delta, other = pairs[0].rows()
+        here, there, (high, wide) = before.numel() // before.shape[-1], len(other), self._leaves[weight].shape
+        if here * there * (high + wide) < (here + there) * high * wide:
+            products = linear(before, other.detach(), None if bias is None else other.new_ones(there))
+            return products @ delta
+        return linear(before, delta.t().mm(other.detach()), None if bias is None else delta.sum(0))
 
 
 @final
@@ -86,7 +187,7 @@ class _Factors:
         weights, wanted = _tree.named(cotangent), {name: self._places[name] for name in names}
         if inside_transform():  # of a method's own: its directions are batched, and what is recorded is not
             with Recording():
-                gradient = self._product([(pair, pair.delta, pair.before) for pair in self._pairs])
+                gradient = _multiplied(self._pairs, self._leaves)
             return pulled(gradient, cotangent, wanted, retain=True, again=False)
         outputs: list[Tensor] = []
         arrived: list[Tensor] = []
@@ -96,7 +197,10 @@ class _Factors:
                     raise RuntimeError(
                         "what went into a linear layer has been changed in place before it was pulled back to"
                     )
-                image = linear(before, weights[weight], None if bias is None else weights[bias])
+                if type(weights) is Factored:
+                    image = weights.image(before, weight, bias)
+                else:
+                    image = linear(before, weights[weight], None if bias is None else weights[bias])
                 if delta.requires_grad:
                     outputs.append(delta)
                     arrived.append(image.detach())
@@ -112,13 +216,5 @@ class _Factors:
 
     def multiplied(self) -> Tree:
         """The gradient itself."""
-        return self._product([(pair, pair.delta.detach(), pair.before.detach()) for pair in self._pairs])
-
-    def _product(self, factors: Iterable[tuple[_Pair, Tensor, Tensor]]) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for pair, delta, before in factors:
-            for name, tensor in pair.multiplied(delta, before).items():
-                total[name] = total[name] + tensor if name in total else tensor
-        return {
-            name: total[name] if name in total else leaf.new_zeros(leaf.shape) for name, leaf in self._leaves.items()
-        }
+        with NotRecording():
+            return _multiplied(self._pairs, self._leaves)

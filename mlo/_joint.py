@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from mlo import _tree
@@ -74,7 +73,7 @@ class JointLinearisation(AbstractLinearisation):
             record, buffers = response.rest
             others = {other: end for other, end in self._ends.items() if other in response.level.against}
             live = (*response.around.live, *others)
-            around = replace(response.around, values={**response.around.values, **others}, live=live)
+            around = response.around._replace(values={**response.around.values, **others}, live=live)
             at = Position(response.end.variables, buffers, response.end.optimizer)
             self._players[name] = Linearisation(response.level, around, at, record)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -145,7 +144,7 @@ class Linearisation(AbstractLinearisation):
         """The same at other values, of the level itself and of those around it; only these are live."""
         own = values.get(self._level.name, self._at.variables)
         live = tuple(name for name in values if name != self._level.name)
-        around = replace(self._around, values={**self._around.values, **values}, live=live)
+        around = self._around._replace(values={**self._around.values, **values}, live=live)
         at = Position(own, self._at.buffers, self._at.optimizer)
         return Linearisation(self._level, around, at, self._record, self._last)
 

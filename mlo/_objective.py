@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast, final
@@ -37,9 +36,7 @@ _SHARING: WeakSet[Level] = WeakSet()
 """Levels whose objective was seen to share a part. It decides when that is computed, and no number."""
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Record:
+class Record(NamedTuple):
     """What a step drew: its batch, the seed of its noise, and the discrete choices made from values; and its iteration.
 
     Every evaluation that belongs to the step uses the same record. `choices` is None until the step has been evaluated

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mlo._autodiff import gradients
 from mlo._errors import UserError
+from mlo._factored import gradients_as_factors
 from mlo._objective import Aftermath, Record, evaluate
 from mlo._reduction import current_group, reduced_trees
 from mlo._shared import Shared, difference, gradient_at_first
@@ -26,8 +27,11 @@ def partials(
     buffers: Mapping[str, Mapping[str, Tensor]],
     record: Record,
     towards: tuple[str, ...],
+    factored: str | None = None,
 ) -> tuple[Upstream, Tensor, Aftermath]:
     """∂f/∂(variables of each level in `towards`), the loss, and what the evaluation leaves. One first-order reverse pass.
+
+    That of `factored` is left as factors where it can be; at the outermost level only, in one process, not traced.
 
     A level that the objective does not depend on is absent. Gradients, loss and measurements are reduced over processes:
     measurements of one number, that is; others are those of this process's part of the batch.
@@ -36,7 +40,10 @@ def partials(
     def objective(moving: Mapping[str, Tree]) -> tuple[Tensor, Aftermath]:
         return evaluate(level, skeletons, {**values, **moving}, buffers, record)
 
-    found, loss, aftermath = gradients(objective, {name: values[name] for name in towards})
+    at = {name: values[name] for name in towards}
+    if factored is not None:
+        return gradients_as_factors(objective, at, factored)
+    found, loss, aftermath = gradients(objective, at)
     return _reduced(level, record, found, loss, aftermath)
 
 

@@ -118,7 +118,7 @@ def current_group() -> AbstractGroup | None:
     """Those among whom batches are divided; None where this process sees all of every batch."""
     if _local.group is not None:
         return _local.group
-    started = _AVAILABLE and distributed.is_initialized() and distributed.get_world_size() > 1
+    started = _AVAILABLE and distributed.GroupMember.WORLD is not None and distributed.get_world_size() > 1
     return _PROCESSES if started else None
 
 

@@ -12,6 +12,7 @@ import torch
 
 from mlo import _random, _tree
 from mlo._autodiff import is_recorded, linearise, refuse_drawing
+from mlo._factored import takes_factors
 from mlo._linearisation import Linearisation
 from mlo._modes import inside_transform
 from mlo._objective import Aftermath, Record, options_of
@@ -39,6 +40,7 @@ class Response(AbstractResponse):
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
     `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
     `begin` and `records` are what is needed to take all steps again.
+    `takes_factors`: whether it makes use of a cotangent that is left as `mlo._factored.Factored`.
     """
 
     level: Level
@@ -53,6 +55,7 @@ class Response(AbstractResponse):
     recorded: int = 0
     pull: Callable[..., Upstream] | None = None
     tangents: tuple[Tangent, ...] = ()
+    takes_factors: bool = False
 
     @property
     def steps(self) -> int:
@@ -74,7 +77,7 @@ class Response(AbstractResponse):
         if names.issuperset(self.around.live):
             return self
         live = tuple(name for name in self.around.live if name in names)
-        return replace(self, around=replace(self.around, live=live))
+        return replace(self, around=self.around._replace(live=live))
 
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
@@ -109,7 +112,7 @@ class Response(AbstractResponse):
         """See `AbstractResponse`."""
         moved = {name: _tree.add(self.around.values[name], tree, scale=scale) for name, tree in direction.items()}
         tally = replace(self.around.tally, gradients=0, products=0, pullbacks=[])  # none of its sweeps is a level's own
-        around = replace(self.around, values={**self.around.values, **moved}, live=(), tally=tally)
+        around = self.around._replace(values={**self.around.values, **moved}, live=(), tally=tally)
         end = respond(self.level, self.begin, around, self.records, steps=self.steps).end.variables
         self.around.tally.gradients += tally.gradients
         self.around.tally.products += tally.products
@@ -192,6 +195,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         recorded=replaced if found is None else steps - begun,
         pull=None if found is None else found.pull,
         tangents=tuple(tangents),
+        takes_factors=found is not None and found.takes_factors,
     )
     return _with_history(response) if recording and found is None else response
 
@@ -204,6 +208,7 @@ class _Recorded(NamedTuple):
     aftermaths: Sequence[Aftermath]
     last: Step
     pull: Callable[..., Upstream]
+    takes_factors: bool = False
 
 
 def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Recorded:
@@ -215,7 +220,7 @@ def _record_one(level: Level, around: Surroundings, at: Position, records: Seque
     (record,), optimizer = records, level.optimizer
     assert optimizer is not None
 
-    evaluated, loss, aftermath, pull = linearised(level, around, at, record, whole=True)
+    evaluated, loss, aftermath, pull = linearised(level, around, at, record)
     gradient = evaluated()
     variables, state = updated(optimizer, record.iteration, gradient, at.optimizer, at.variables)
     multiple = multiple_of_cotangent(optimizer, record.iteration, at.optimizer.count)
@@ -226,7 +231,8 @@ def _record_one(level: Level, around: Surroundings, at: Position, records: Seque
         return {name: _tree.scale(tree, by=multiple) for name, tree in found.items()}
 
     last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
-    return _Recorded(Position(variables, aftermath.buffers, state), (loss,), (aftermath,), last, pull_step)
+    end = Position(variables, aftermath.buffers, state)
+    return _Recorded(end, (loss,), (aftermath,), last, pull_step, takes_factors(pull))
 
 
 def _record(level: Level, around: Surroundings, start: Position, records: Sequence[Record]) -> _Recorded:
@@ -274,7 +280,7 @@ def _position(numbers: Sequence[Any], count: int) -> Position:
 
 
 def _without_history(around: Surroundings) -> Surroundings:
-    return replace(around, values={name: _tree.detach(tree) for name, tree in around.values.items()})
+    return around._replace(values={name: _tree.detach(tree) for name, tree in around.values.items()})
 
 
 # A response that is itself differentiated: a primitive whose derivative is the pullback of its method.
@@ -288,7 +294,7 @@ def _with_history(response: Response) -> Response:
         kept[index] = replace(kept[index], at=_stepped(kept[index - 1], response.kept[index].at, names, inputs))
     end: Any = _Responded.apply(response, tuple(kept), names, *inputs)
     variables = _tree.rebuild(response.end.variables, end)
-    return replace(response, end=replace(response.end, variables=variables), kept=tuple(kept))
+    return replace(response, end=response.end._replace(variables=variables), kept=tuple(kept))
 
 
 class _Responded(torch.autograd.Function):
@@ -312,7 +318,7 @@ class _Responded(torch.autograd.Function):
         if again:
             variables = _tree.rebuild(response.end.variables, end)
             kept = [replace(step, around=around) for step in kept]
-            response = replace(response, end=replace(response.end, variables=variables))
+            response = replace(response, end=response.end._replace(variables=variables))
         response = replace(response, around=around, kept=tuple(kept))
         cotangent = _tree.rebuild(response.end.variables, weights)
         found = response.level.hypergradient.pullback(response, cotangent)
@@ -363,7 +369,7 @@ def _at(around: Surroundings, values: Mapping[str, Tree], *, again: bool) -> Sur
     everything = {**around.values, **values}
     if not again:
         everything = {name: _tree.detach(tree) for name, tree in everything.items()}
-    return replace(around, values=everything, live=tuple(values))
+    return around._replace(values=everything, live=tuple(values))
 
 
 def _in_order(trees: Mapping[str, Tree], found: Upstream) -> list[Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from mlo import _tree
 from mlo._autodiff import gradient_with_pullback, is_recorded, linearise, recorded_gradient
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from mlo._types import Tree, Upstream
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Position:
+class Position(NamedTuple):
     """Where a level stands: variables, buffers, optimizer state."""
 
     variables: Tree
@@ -66,9 +64,7 @@ class AbstractNest(ABC):
         """The gradient towards other levels, as far as it belongs to the derivative of the gradient followed at `start`."""
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Surroundings:
+class Surroundings(NamedTuple):
     """What a level sees around it while it takes its steps: held fixed but for the levels in `live`.
 
     With a `nest`, the gradient the level follows is the total one, through the responses of the levels below it. `upper`
@@ -289,14 +285,12 @@ def followed(
 
 
 def linearised(
-    level: Level, around: Surroundings, at: Position, record: Record, *, whole: bool = False
+    level: Level, around: Surroundings, at: Position, record: Record
 ) -> tuple[Callable[[], Tree], Tensor, Aftermath, Callable[..., Upstream]]:
     """The gradient that `level` follows where it stands `at`, linearised in its own variables and in the live levels.
 
     What gives it, the loss, what the evaluation leaves, and the pullback: see `mlo._autodiff.linearise`. One gradient.
     Raises `GraphError` where there is none.
-
-    - `whole`: whether the gradient itself will be asked for. As factors it would save nothing then.
     """
     buffers = {**around.buffers, level.name: at.buffers}
     places = {level.name: at.variables}
@@ -308,7 +302,7 @@ def linearised(
             return evaluate(level, around.skeletons, {**around.values, **moving}, buffers, record)
 
         skeleton = around.skeletons.get(level.name)
-        if not whole and skeleton is not None and skeleton.may_be_watched and not is_traced():
+        if skeleton is not None and skeleton.may_be_watched and not is_traced():
             given, loss, aftermath, pull = factored_gradient(objective, places, level.name)
             if given is None:
                 raise _disconnected(level)

@@ -95,6 +95,10 @@ def subtract(tree: Tree, other: Tree) -> Tree:
 
 def scale(tree: Tree, *, by: float | Tensor) -> Tree:
     """by · tree."""
+    if isinstance(by, float):
+        from mlo._scalar import scaled  # nothing else here needs torch
+
+        return scaled(tree, by)
     return {name: tensor * by for name, tensor in tree.items()} if isinstance(tree, _MAPPINGS) else tree * by
 
 

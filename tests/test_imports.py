@@ -20,6 +20,7 @@ ROOT = Path(mlo.__file__).parents[1]
 # From the ground up: a module imports from the layers below its own, and a package from itself.
 LAYERS = [
     {"mlo._errors", "mlo._modes", "mlo._types"},
+    {"mlo._scalar"},
     {"mlo._patterns", "mlo._random", "mlo._score_function", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._backend", "mlo._chain", "mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},

@@ -32,6 +32,7 @@ def adaptive_step(
 ) -> tuple[Tree, OptimizerState]:
     """m, v and w as in `Adam`, where `gradient` is its g."""
     from mlo._modes import may_overwrite  # optimizers can be described without torch
+    from mlo._scalar import scalar
 
     count = state.count + 1
     beta1: Any
@@ -40,17 +41,19 @@ def adaptive_step(
     size: Any = rate / (1 - beta1**count)
     spread: Any = (1 - beta2**count) ** 0.5
     numbers = isinstance(size, float) and isinstance(spread, float) and isinstance(epsilon, (int, float))
-    plain = numbers and may_overwrite()
+    plain = bool(numbers and beta2 and epsilon) and may_overwrite()
     gradients, means, squares = map(_tree.named, (gradient, state.moments["first"], state.moments["second"]))
     first: list[Tensor] = []
     second: list[Tensor] = []
     moved: list[Tensor] = []
     for name, parameter in _tree.named(parameters).items():
         g = gradients[name]
-        if plain:  # the same numbers, in fewer copies
+        if plain:  # the same numbers, in fewer copies and conversions
+            kind = g.dtype, g.is_cpu, type(g)
             m = means[name].lerp(g, 1 - beta1)
-            v = (squares[name] * beta2).addcmul_(g, g, value=1 - beta2)
-            moved.append(parameter.addcdiv(m, v.sqrt().div_(spread).add_(epsilon), value=-size))
+            v = (squares[name] * scalar(beta2, *kind)).addcmul_(g, g, value=1 - beta2)
+            scaled = v.sqrt().div_(spread).add_(scalar(epsilon, *kind))
+            moved.append(parameter.addcdiv(m, scaled, value=-size))
         else:
             m = mixed(means[name], g, 1 - beta1)
             v = add_product(squares[name] * beta2, g, g, scale=1 - beta2)

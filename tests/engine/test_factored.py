@@ -9,11 +9,14 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from helpers import normal, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +26,7 @@ import mlo
 from mlo._autodiff import grouped
 from mlo._chain import Watched, chain_of
 from mlo._engine import Iteration
-from mlo._factored import _Factors
+from mlo._factored import Factored, _Factors, gradients_as_factors
 from mlo.hypergradient import CentralDifference as Central
 from mlo.hypergradient import ConjugateGradient, Exact, Implicit, Neumann, Unroll
 from mlo.optimizer import SGD, Adam
@@ -251,17 +254,29 @@ SGDS = {
 }
 
 
-def graph_of(network: nn.Module, objective: Any, method: Any, optimizer: Any = SGDS["momentum"]) -> mlo.Graph:
+def apart(values: Any, batch: Any) -> Tensor:
+    """What an upper level minimises, on other samples than `fit`."""
+    return (values["w"](X + 0.5)[:, 0] - values["u"].cos()).square().mean()
+
+
+def graph_of(
+    network: nn.Module,
+    objective: Any,
+    method: Any,
+    optimizer: Any = SGDS["momentum"],
+    *,
+    upper: Any = apart,
+    steps: int = 3,
+) -> mlo.Graph:
     w = mlo.Level(
         "w",
         objective=objective,
         variables=double(network),
         given=["u"],
         optimizer=optimizer,
-        steps=3,
+        steps=steps,
         hypergradient=method,
     )
-    upper = lambda values, batch: (values["w"](X + 0.5)[:, 0] - values["u"].cos()).square().mean()  # noqa: E731
     return mlo.Graph(
         [w, mlo.Level("u", objective=upper, variables=U, subject_to=["w"], optimizer=SGD(learning_rate=0.1))]
     )
@@ -317,6 +332,101 @@ def test_has_the_derivative_of_the_gradient(network, method, factors):
 def test_whatever_the_objective_does(objective, method, optimizer, factors):
     function, factored = OBJECTIVES[objective]
     check(graph_of(mlp(), function, METHODS[method], SGDS[optimizer]), factors, factored=factored)
+
+
+RECORDED = Unroll(replay=False)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "dampened"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_of_one_step_that_is_recorded(network, optimizer, factors):
+    """Neither its gradient nor the cotangent on it is multiplied out where both are factors."""
+    build, factored = NETWORKS[network]
+    check(graph_of(build(), fit, RECORDED, SGDS[optimizer], steps=1), factors, factored=factored)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch, in forward mode
+@pytest.mark.parametrize("network", ["layers", "a layer twice", "a layer that is fixed", "without bias"])
+@pytest.mark.parametrize("upper", OBJECTIVES)
+def test_whatever_the_upper_objective_does(upper, network, factors):
+    function, _ = OBJECTIVES[upper]
+    graph = graph_of(NETWORKS[network][0](), fit, RECORDED, steps=1, upper=function)
+    check(graph, factors, factored=True)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "tangents"])
+def test_whatever_the_objective_of_a_recorded_step_does(objective, factors):
+    function, factored = OBJECTIVES[objective]
+    check(graph_of(mlp(), function, RECORDED, steps=1), factors, factored=factored)
+
+
+def cotangent(graph: mlo.Graph) -> Any:
+    """What arrives on the response of w."""
+    inside = Iteration.of(graph._plan, graph.init(seed=3), {})
+    inside.differentiate("u", inside.respond_below("u", ("u", "w")), 0)
+    return inside.tally.cotangents["u", "w"]
+
+
+@pytest.mark.parametrize("network", ["layers", "one layer", "a layer twice", "a layer that is fixed", "without bias"])
+def test_a_cotangent_of_factors_is_multiplied_out_for_whoever_looks(network):
+    graph = graph_of(NETWORKS[network][0](), fit, RECORDED, steps=1)
+    found = cotangent(graph)
+    with observed():
+        right = cotangent(graph)
+    assert type(found) is Factored
+    assert type(right) is dict
+    assert list(found) == list(right)
+    assert len(found) == len(right)
+    assert not any(tensor.requires_grad for tensor in found.values())
+    assert relative_error(dict(found), right) <= 1e-14
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(1, 9), st.integers(1, 9), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_the_image_is_the_same_either_way(sizes, here, there, has_bias, looked):
+    """aVᵀ + v by inner products of samples, and by V itself, whatever is cheaper."""
+    layers: list[nn.Module] = [nn.Linear(one, two, bias=has_bias) for one, two in pairwise(sizes)]
+    network = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
+    chain = chain_of(network)
+    assert chain is not None
+    start = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    x, y = normal(there, sizes[0], seed=1), normal(there, sizes[-1], seed=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlo._chain.IMAGES", 100)
+        found, _, _ = gradients_as_factors(lambda at: ((chain(at["w"], x, at["w"]) * y).sum(), None), {"w": start}, "w")
+    with observed():
+        right = torch.autograd.grad((network(x) * y).sum(), list(network.parameters()))
+    given = dict(zip(start, right, strict=True))
+    images: Any = found["w"]
+    for number, size in enumerate(sizes[:-1]):
+        a = normal(here, size, seed=10 + number)
+        weight, bias = f"{2 * number}.weight", f"{2 * number}.bias"
+        if looked:
+            assert relative_error(images[weight], given[weight]) <= 1e-12
+        image = images.image(a, weight, bias if has_bias else None)
+        expected = a @ given[weight].mT + (given[bias] if has_bias else 0)
+        torch.testing.assert_close(image, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_wide_layer_is_multiplied_out_in_neither_of_two_steps(monkeypatch: pytest.MonkeyPatch):
+    """Of the cotangent on 16 x 16 weights with 6 samples on both sides there are inner products of samples, and no V."""
+    shapes = list[tuple[int, ...]]()
+    whole = torch.Tensor.mm
+    monkeypatch.setattr(torch.Tensor, "mm", lambda one, two: shapes.append(whole(one, two).shape) or whole(one, two))
+    cotangent(graph_of(mlp(), fit, RECORDED, steps=1))
+    assert shapes.count(torch.Size([16, 16])) == 1  # the gradient that the step follows
+    assert torch.Size([16, 3]) in shapes[3:]  # a narrow one
+
+
+def test_what_went_into_a_layer_must_stay_until_it_is_looked_at():
+    x = X.clone()
+    upper = lambda values, batch: values["w"](x).square().mean()  # noqa: E731
+    found = cotangent(graph_of(mlp(), fit, RECORDED, steps=1, upper=upper))
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        dict(found)
 
 
 @pytest.mark.parametrize("method", ["replayed", "checkpoints", "Neumann"])

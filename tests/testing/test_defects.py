@@ -117,7 +117,7 @@ def redraws(method: Any, response: Any, cotangent: Any) -> Any:
     q, epsilon = step.pull_update(cotangent), 1e-2
     sides = []
     for sign in (1, -1):
-        record = replace(step.record, seed=step.record.seed + sign)
+        record = step.record._replace(seed=step.record.seed + sign)
         fresh = replace(step, record=record)
         sides.append(fresh.gradient_of_reads(_tree.add(step.start, q, scale=sign * epsilon)))
     above, below = sides
