@@ -100,13 +100,20 @@ class Iteration:
             below.append(Below(lower, start, self.plan.depends_on(name), opponents, self._records(lower), inner))
         return Nest(level, self.plan.skeletons, below)
 
-    def differentiate(self, upper: str, responses: Mapping[str, Response], step: int) -> tuple[Parts, Tensor, Any]:
-        """The hypergradient of `upper` by parts, its loss, and what its objective left, at its `step`."""
+    def differentiate(
+        self, upper: str, responses: Mapping[str, Response], step: int, *, whole: bool = False
+    ) -> tuple[Parts, Tensor, Any]:
+        """The hypergradient of `upper` by parts, its loss, and what its objective left, at its `step`.
+
+        - `whole`: whether somebody will look at the cotangents in `tally` later on. Factors are right until an objective is
+          evaluated again: it may read its next batch into the memory of this one.
+        """
         level = self.plan.levels[upper]
         values, buffers = self._seen_by(level)
         self.tally.gradients += 1
         record, towards = self.record(upper, step), (upper, *responses)
-        factored = next((name for name, response in responses.items() if response.takes_factors), None)
+        first = towards[-1]  # of the responses, the first that is pulled back: nothing is evaluated until then
+        factored = first if responses and responses[first].takes_factors and not whole else None
         found, loss, aftermath = partials(level, self.plan.skeletons, values, buffers, record, towards, factored)
         cotangents = dict(found)
         direct = cotangents.pop(upper, None)

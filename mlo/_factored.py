@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 import torch
@@ -83,7 +84,8 @@ def gradients_as_factors(
     found = reverse_pass((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
     gradient = grouped(others, found[len(layers) :])
     pairs = _paired(layers, found)
-    if pairs:
+    if pairs:  # of what went into the layers, the numbers are held and not the graph
+        pairs = [pair._replace(before=pair.before.detach()) for pair in pairs]
         gradient = {**gradient, factored: Factored(watched, pairs)}
     return gradient, value.detach(), after
 
@@ -140,7 +142,7 @@ def _multiplied(pairs: Iterable[_Pair], leaves: Mapping[str, Tensor]) -> dict[st
 
 @final
 class Factored(Mapping[str, "Tensor"]):
-    """A gradient by name that is multiplied out when somebody looks at it; of what is recorded it takes no note."""
+    """A gradient by name, of tensors without a history, that is multiplied out when somebody looks at it."""
 
     def __init__(self, leaves: Mapping[str, Tensor], pairs: Sequence[_Pair]) -> None:
         self._leaves, self._pairs = leaves, pairs
@@ -162,17 +164,17 @@ class Factored(Mapping[str, "Tensor"]):
     def image(self, before: Tensor, weight: str, bias: str | None) -> Tensor:
         """aVᵀ + v of what goes into a layer, for what stands here under the names of its tensors.
 
-        (aa'ᵀ + 1)δ' where that takes fewer multiplications, V and v not being there: the 1 is what Σ δ' comes from.
+        (aa'ᵀ + 1)δ' where that takes fewer multiplications, V and v not being there: the 1 is what Σ δ' comes from. In
+        float16, aa'ᵀ could overflow where V, to which each sample adds little, does not.
         """
         pairs = [pair for pair in self._pairs if pair.weight == weight]
         if "_whole" in vars(self) or len(pairs) != 1:
             return linear(before, self[weight], None if bias is None else self[bias])
         delta, other = pairs[0].rows()
-        here, there, (high, wide) = before.numel() // before.shape[-1], len(other), self._leaves[weight].shape
-        if here * there * (high + wide) < (here + there) * high * wide:
-            products = linear(before, other.detach(), None if bias is None else other.new_ones(there))
-            return products @ delta
-        return linear(before, delta.t().mm(other.detach()), None if bias is None else delta.sum(0))
+        here, there, (high, wide) = prod(before.shape[:-1]), len(other), self._leaves[weight].shape
+        if here * there * (high + wide) < (here + there) * high * wide and delta.dtype is not torch.float16:
+            return linear(before, other, None if bias is None else other.new_ones(there)) @ delta
+        return linear(before, delta.t().mm(other), None if bias is None else delta.sum(0))
 
 
 @final

@@ -19,6 +19,9 @@ _record: Callable[[bool], None] = _C._set_grad_enabled
 inside_transform: Callable[[], object] = _C._functorch.peek_interpreter_stack
 """Whether a `torch.func` transform is active around us: the innermost one, or None."""
 
+_watchers: Callable[[], int] = _C._len_torch_dispatch_stack
+"""How many stand between operations and what they do: tracers, tensors without numbers, counters of operations."""
+
 
 def is_traced() -> bool:
     """Whether operations are written down for a compiler, and no number can be looked at."""
@@ -35,10 +38,10 @@ def known(value: Tensor) -> float | None:
 def may_overwrite() -> bool:
     """Whether what an operation gave, and nobody else holds, may be written to by the next one.
 
-    It may not where operations are recorded or traced, nor inside a transform, in which it may be the same for a whole
-    batch of what is written.
+    It may not where operations are recorded, traced or watched, nor inside a transform, in which it may be the same for a
+    whole batch of what is written.
     """
-    return not (torch.is_grad_enabled() or inside_transform() or is_traced())
+    return not (torch.is_grad_enabled() or inside_transform() or _watchers())
 
 
 class Recording:

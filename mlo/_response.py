@@ -20,7 +20,7 @@ from mlo._reduction import current_group
 from mlo._retaken import Retaken
 from mlo._step import Position, Step, Surroundings, connected, followed, joined, linearised, recorded, regrouped, take
 from mlo._tangent import Tangent, advanced, at_rest, contracted, units
-from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape
+from mlo.hypergradient import AbstractLinearisation, AbstractResponse, AbstractStep, Tape, Unroll
 from mlo.hypergradient._unroll import replayed
 from mlo.optimizer import OptimizerState, multiple_of_cotangent, updated
 
@@ -40,7 +40,8 @@ class Response(AbstractResponse):
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
     `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
     `begin` and `records` are what is needed to take all steps again.
-    `takes_factors`: whether it makes use of a cotangent that is left as `mlo._factored.Factored`.
+    `takes_factors`: whether it makes use of a cotangent that is left as `mlo._factored.Factored`. Methods of the user's own
+    get a tree of tensors.
     """
 
     level: Level
@@ -195,7 +196,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         recorded=replaced if found is None else steps - begun,
         pull=None if found is None else found.pull,
         tangents=tuple(tangents),
-        takes_factors=found is not None and found.takes_factors,
+        takes_factors=found is not None and found.takes_factors and type(level.hypergradient) is Unroll,
     )
     return _with_history(response) if recording and found is None else response
 

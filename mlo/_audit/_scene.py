@@ -60,7 +60,7 @@ class Scene:
         inside.finite.refuse(inside.number)
         responses = {name: taken[name] for name in below}
         try:
-            parts, loss, _ = inside.differentiate(upper, responses, 0)
+            parts, loss, _ = inside.differentiate(upper, responses, 0, whole=True)
         except MloError:
             raise
         except Exception as error:  # an operator without a second derivative, too little memory

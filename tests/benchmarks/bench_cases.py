@@ -56,6 +56,15 @@ def case_a(table, name, method, hand, options, goal, tolerance):
     table.append(row(f"A, {name}", times(hand_run, own_run), goal))
 
 
+@pytest.mark.parametrize("width", [1024, 2048])
+def case_a_wide(table, width):
+    """One unrolled step of wider layers, in front of the same 128 samples."""
+    hand, own = sides(problems.reweighting(width), Unroll(replay=False), by_hand.unroll, 1, 1, tolerance=1e-5)
+    table.append(row(f"A, unroll, width {width}", times(hand, own), None))
+    most = peak(hand), peak(own)
+    table.append(Row(f"A, unroll, width {width}", *most, most[1] / most[0], None, None, "MiB"))
+
+
 @pytest.mark.parametrize(("name", "method", "hand", "options", "tolerance"), [(*c[:4], c[5]) for c in CASE_A])
 def case_a_compiled(table, name, method, hand, options, tolerance):
     """Compiled once before anything is timed."""

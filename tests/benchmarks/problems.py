@@ -49,9 +49,10 @@ def digits(rows: slice) -> tuple[Tensor, Tensor]:
     return torch.tensor(x[rows] / 16, dtype=torch.float32), torch.tensor(y[rows])
 
 
-def mlp() -> nn.Module:
+def mlp(width: int = 256) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    layers = nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    return nn.Sequential(*layers)
 
 
 def mlp_by_hand(w: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -63,11 +64,11 @@ def tensors_of(module: nn.Module) -> Tensors:
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-def reweighting() -> Problem:
+def reweighting(width: int = 256) -> Problem:
     """Meta-Weight-Net (Shu et al. 2019): the weight of a sample is a network's answer to its loss."""
     x, y = digits(slice(0, 128))
     clean_x, clean_y = digits(slice(128, 256))
-    network = mlp()
+    network = mlp(width)
     weigher = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
 
     def lower(values: Any, batch: Any) -> Tensor:

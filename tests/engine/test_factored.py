@@ -632,3 +632,84 @@ def test_a_tree_without_tensors_is_not_there():
     w = {"w": torch.ones(2)}
     assert grouped({"empty": {}, "w": w}, [None]) == {}
     assert grouped({"empty": {}, "w": w}, [w["w"]]) == {"w": w}
+
+
+@pytest.mark.parametrize("names", [("w", "z"), ("w", "a")])
+@pytest.mark.parametrize("method", [Unroll(replay=True), Neumann(terms=2, step_size=0.1), RECORDED])
+def test_memory_that_is_read_into_again(method, names):
+    """By NumPy, say, which counts no versions: another level is pulled back, with evaluations, before or after this one."""
+    memory = X.clone()
+    numbers = memory.numpy()
+    name = names[1]
+
+    def read(x: Tensor) -> Tensor:
+        numbers[:] = x.numpy()
+        return torch.from_numpy(numbers)
+
+    def inner(values: Any, batch: Any) -> Tensor:
+        return (values["u"].sigmoid() * values[name](read(2 * X))[:, 0].square()).mean()
+
+    def upper(values: Any, batch: Any) -> Tensor:
+        return (values["w"](read(X + 0.5))[:, 0] - values["u"].cos()).square().mean() + values[name](X).sin().mean()
+
+    levels = [
+        mlo.Level("w", objective=fit, variables=double(mlp()), given=["u"], optimizer=SGDS["momentum"],
+                  hypergradient=RECORDED),
+        mlo.Level(name, objective=inner, variables=double(mlp()), given=["u"], optimizer=SGDS["momentum"],
+                  hypergradient=method),
+        mlo.Level("u", objective=upper, variables=U, subject_to=["w", name], optimizer=SGD(learning_rate=0.1)),
+    ]  # fmt: skip
+    graph = mlo.Graph(levels)
+    found = graph.parts("u", graph.init(seed=3)).total
+    with observed():
+        right = graph.parts("u", graph.init(seed=3)).total
+    assert relative_error(found, right) <= 1e-12
+
+
+def test_half_precision_does_not_overflow_in_between():
+    """Samples of length 480 have inner products above 65504, the largest number there is."""
+    x, u = (normal(6, 64, seed=1) * 60).half(), normal(6, seed=2).half()
+    network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).half()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1e-2)
+    inner = lambda values, batch: (values["u"].sigmoid() * values["w"](x)[:, 0]).square().mean()  # noqa: E731
+    upper = lambda values, batch: (values["w"](x + 0.5)[:, 0] - 1).square().mean()  # noqa: E731
+    graph = mlo.Graph([
+        mlo.Level("w", objective=inner, variables=network, given=["u"], optimizer=SGDS["momentum"], hypergradient=RECORDED),
+        mlo.Level("u", objective=upper, variables=u, subject_to=["w"], optimizer=SGD(learning_rate=0.1)),
+    ])  # fmt: skip
+    found = graph.hypergradient("u", graph.init())
+    with observed():
+        right = graph.hypergradient("u", graph.init())
+    torch.testing.assert_close(found, right, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_layer_that_nothing_goes_into():
+    network = nn.Sequential(nn.Linear(0, 5), nn.Tanh(), nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    x = torch.zeros(6, 0, dtype=torch.float64)
+    inner = lambda values, batch: (values["u"].sigmoid() * (values["w"](x)[:, 0] - 1).square()).mean()  # noqa: E731
+    upper = lambda values, batch: (values["w"](x)[:, 0] - 2).square().mean()  # noqa: E731
+    graph = graph_of(network, inner, RECORDED, steps=1, upper=upper)
+    found = graph.hypergradient("u", graph.init())
+    with observed():
+        right = graph.hypergradient("u", graph.init())
+    assert relative_error(found, right) <= 1e-12
+
+
+def test_a_method_of_the_users_own_gets_a_tree_of_tensors():
+    class Own(Unroll):
+        def pullback(self, response: Any, cotangent: Any) -> Any:
+            assert type(cotangent) is dict
+            return response.pull_recorded(cotangent)
+
+    graph = graph_of(mlp(), fit, Own(replay=False), steps=1)
+    with observed():
+        right = graph.hypergradient("u", graph.init())
+    assert relative_error(graph.hypergradient("u", graph.init()), right) <= 1e-12
+
+
+def test_the_graph_of_the_upper_objective_is_not_held():
+    found = cotangent(graph_of(mlp(), fit, RECORDED, steps=1))
+    assert all(pair.before.grad_fn is None and not pair.delta.requires_grad for pair in found._pairs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
 from mlo import _tree
@@ -73,3 +74,11 @@ def test_inside_transforms_and_recordings_it_is_the_plain_product(recorded, monk
     else:
         with torch.no_grad():
             assert torch.equal(vmap(lambda row: _tree.scale(row, by=0.9))(x), x * 0.9)
+
+
+def test_where_somebody_watches_operations_it_is_the_plain_product():
+    """A tensor without numbers, made there, would stand for the number ever after."""
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _tree.scale(torch.ones(3), by=0.0123)
+        assert torch.equal(_tree.scale(torch.ones(3), by=0.0123), torch.ones(3) * 0.0123)
