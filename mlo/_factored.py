@@ -1,4 +1,4 @@
-"""The gradient of linear layers, linearised as the factors it is made of, which are never multiplied.
+"""The gradient of linear layers, linearised as the factors it is made of, and multiplied for whoever asks for it alone.
 
 A layer z = aWᵀ + b of a loss f has the gradients ∂f/∂W = δᵀa and ∂f/∂b = Σ δ with δ = ∂f/∂z. For a cotangent V, v on them
 
@@ -42,20 +42,14 @@ def factored_gradient(
     As factors where `function` puts the tensors of `at[own]` into linear layers of a chain and nowhere else, and otherwise
     as it is. The call multiplies the factors.
     """
-    leaves, _ = leaves_of(at)
-    watched = Watched(_tree.named(leaves[own]))
-    places = {**leaves, own: watched}
     with Recording(), PlainAttention():
-        try:
-            value, after = function(places)
-        finally:
-            layers = watched.close()
+        value, after, places, watched, layers = _evaluated(function, at, own)
         if layers and value.requires_grad:
             one = (torch.ones_like(value),)
             found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
             pairs = _paired(layers, found)
-            factors = _Factors(watched, pairs, places)
-            return factors.multiplied if pairs else None, value.detach(), after, factors.pull
+            kept = _Recorded(watched, pairs, places)
+            return kept.multiplied if pairs else None, value.detach(), after, kept.pull
         gradient, pull = gradient_of(value, places, own)
     return None if gradient is None else lambda: gradient, value.detach(), after, pull
 
@@ -67,17 +61,11 @@ def gradients_as_factors(
 
     Not inside a transform, not traced, and at the outermost level only: not where `at` is recorded.
     """
-    leaves, _ = leaves_of(at)
-    watched = Watched(_tree.named(leaves[factored]))
-    places = {**leaves, factored: watched}
     with Recording():
-        try:
-            value, after = function(places)
-        finally:
-            layers = watched.close()
+        value, after, places, watched, layers = _evaluated(function, at, factored)
     if not value.requires_grad:
         return {}, value.detach(), after
-    others = {name: tree for name, tree in leaves.items() if name != factored} if layers else leaves
+    others = {name: tree for name, tree in places.items() if name != factored} if layers else places
     inputs = [layer.after for layer in layers]
     for tree in others.values():
         inputs += _tree.leaves(tree)
@@ -92,7 +80,23 @@ def gradients_as_factors(
 
 def takes_factors(pull: Callable[..., Upstream]) -> bool:
     """Whether a pullback of `factored_gradient` makes use of a cotangent that is left as factors."""
-    return isinstance(getattr(pull, "__self__", None), _Factors)
+    return isinstance(getattr(pull, "__self__", None), _Recorded)
+
+
+def _evaluated(
+    function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree], name: str
+) -> tuple[Tensor, After, Mapping[str, Tree], Watched, list[Layer]]:
+    """`function` of leaves, of which those in `at[name]` are watched: its value, what else it returned, the leaves, those
+    that were watched, and the linear layers that they went into; none where they went elsewhere too.
+    """
+    leaves, _ = leaves_of(at)
+    watched = Watched(_tree.named(leaves[name]))
+    places = {**leaves, name: watched}
+    try:
+        value, after = function(places)
+    finally:
+        layers = watched.close()
+    return value, after, places, watched, layers
 
 
 def _paired(layers: Iterable[Layer], deltas: Iterable[Tensor | None]) -> list[_Pair]:
@@ -113,10 +117,14 @@ class _Pair(NamedTuple):
     version: int
     delta: Tensor
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """δ and what went into the layer, a row a sample. Raises RuntimeError if the latter has changed since."""
+    def refuse_changed(self) -> None:
+        """Raise RuntimeError if what went into the layer has changed since."""
         if self.before._version != self.version:
             raise RuntimeError("what went into a linear layer has been changed in place before it was pulled back to")
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """δ and what went into the layer, a row a sample; the latter must not have changed."""
+        self.refuse_changed()
         return _rows(self.delta), _rows(self.before)
 
 
@@ -178,7 +186,7 @@ class Factored(Mapping[str, "Tensor"]):
 
 
 @final
-class _Factors:
+class _Recorded:
     """A gradient as pairs of what goes into a layer and δ, recorded functions of `places`."""
 
     def __init__(self, leaves: Mapping[str, Tensor], pairs: Sequence[_Pair], places: Mapping[str, Tree]) -> None:
@@ -194,11 +202,9 @@ class _Factors:
         outputs: list[Tensor] = []
         arrived: list[Tensor] = []
         with Recording():
-            for weight, bias, before, version, delta in self._pairs:
-                if before._version != version:
-                    raise RuntimeError(
-                        "what went into a linear layer has been changed in place before it was pulled back to"
-                    )
+            for pair in self._pairs:
+                weight, bias, before, _, delta = pair
+                pair.refuse_changed()
                 if type(weights) is Factored:
                     image = weights.image(before, weight, bias)
                 else:

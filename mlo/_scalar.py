@@ -38,8 +38,9 @@ def scalar(number: float, dtype: torch.dtype, is_cpu: bool, kind: type[Tensor]) 
 
 def scaled(tree: Tree, by: float) -> Tree:
     """by · tree."""
+    named = isinstance(tree, (dict, Mapping))
     if not (by and may_overwrite()):
-        return {name: tensor * by for name, tensor in tree.items()} if isinstance(tree, Mapping) else tree * by
-    if not isinstance(tree, (dict, Mapping)):
+        return {name: tensor * by for name, tensor in tree.items()} if named else tree * by
+    if not named:
         return tree * scalar(by, tree.dtype, tree.is_cpu, type(tree))
     return {name: tensor * scalar(by, tensor.dtype, tensor.is_cpu, type(tensor)) for name, tensor in tree.items()}

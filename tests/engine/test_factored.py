@@ -26,7 +26,7 @@ import mlo
 from mlo._autodiff import grouped
 from mlo._chain import Watched, chain_of
 from mlo._engine import Iteration
-from mlo._factored import Factored, _Factors, gradients_as_factors
+from mlo._factored import Factored, _Recorded, gradients_as_factors
 from mlo.hypergradient import CentralDifference as Central
 from mlo.hypergradient import ConjugateGradient, Exact, Implicit, Neumann, Unroll
 from mlo.optimizer import SGD, Adam
@@ -293,20 +293,20 @@ def observed() -> Iterator[None]:
 
 
 @pytest.fixture
-def factors(monkeypatch: pytest.MonkeyPatch) -> list[_Factors]:
+def factors(monkeypatch: pytest.MonkeyPatch) -> list[_Recorded]:
     """Every gradient that is kept as factors, as it is made."""
-    made = list[_Factors]()
-    begin = _Factors.__init__
+    made = list[_Recorded]()
+    begin = _Recorded.__init__
 
-    def noting(self: _Factors, *arguments: Any) -> None:
+    def noting(self: _Recorded, *arguments: Any) -> None:
         begin(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(_Factors, "__init__", noting)
+    monkeypatch.setattr(_Recorded, "__init__", noting)
     return made
 
 
-def check(graph: mlo.Graph, factors: list[_Factors], *, factored: bool, tolerance: float = 1e-12) -> None:
+def check(graph: mlo.Graph, factors: list[_Recorded], *, factored: bool, tolerance: float = 1e-12) -> None:
     state = graph.init(seed=3)
     found = graph.parts("u", state).indirect
     assert bool(factors) == factored
