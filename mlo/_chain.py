@@ -7,7 +7,7 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import nn
@@ -32,20 +32,8 @@ _HOOKS = (
 )
 
 
-class Layer(NamedTuple):
-    """A linear layer as it was run: the names of its tensors, what went in, what came out, and their versions then."""
-
-    weight: str
-    bias: str | None
-    before: Tensor
-    after: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether what went in and what came out still hold the same numbers."""
-        return self.versions == (self.before._version, self.after._version)
-
+Layer: TypeAlias = "tuple[str, str | None, Tensor, Tensor, int, int]"
+"""A linear layer as it was run: the names of its weight and bias, what went in, what came out, and their versions then."""
 
 IMAGES = 2
 """How many numbers may come out of the layers that are watched, in copies of the leaves: as many go through them again."""
@@ -74,23 +62,21 @@ class Watched(dict[str, "Tensor"]):
             self._give_up()
         return not self.elsewhere
 
-    def note(self, weight: str, bias: str | None, before: Tensor, after: Tensor) -> None:
-        """A linear layer was run, on tensors of these names. One that is held fixed is not noted, nor held."""
-        known = weight in self
-        if self.elsewhere or not (known or bias in self):
-            return
-        usual = known and (bias is None or bias in self) and after.requires_grad and type(after) is torch.Tensor
-        if usual and before.dtype == after.dtype == self[weight].dtype:  # not under autocast
-            self._layers.append(Layer(weight, bias, before, after, (before._version, after._version)))
-        else:
-            self._give_up()
-
-    def left(self, x: Any) -> Any:
-        """What a chain gives in place of `x`, which came out of it.
+    def left(self, x: Any, run: list[Layer]) -> Any:
+        """What a chain gives in place of `x`, which came out of it after `run`. Layers that are held fixed are not kept.
 
         If it is differentiated before `close`, the value depends on its layers in other ways. Nobody is given the tensor
         itself that came out of a layer: a hook on it would change what is found there.
         """
+        for layer in run:
+            weight, bias, before, after, _, _ = layer
+            known = weight in self
+            usual = known and (bias is None or bias in self) and after.requires_grad and type(after) is torch.Tensor
+            if usual and before.dtype is after.dtype is self[weight].dtype:  # not under autocast
+                self._layers.append(layer)
+            elif known or bias in self:
+                self._give_up()
+                return x
         if not self._layers:
             return x
         seen = self._differentiated  # a hook is out of the sight of Python's collector: it holds nothing else
@@ -98,8 +84,9 @@ class Watched(dict[str, "Tensor"]):
         def differentiated(gradients: object) -> None:
             seen.append(True)
 
-        last = self._layers[-1].after
-        self._handles.append(cast("Any", last.grad_fn).register_prehook(differentiated))
+        last = self._layers[-1][3]
+        node: Any = last.grad_fn
+        self._handles.append(node.register_prehook(differentiated))
         return x.clone() if x is last else x
 
     def close(self) -> list[Layer]:
@@ -112,8 +99,12 @@ class Watched(dict[str, "Tensor"]):
         layers, self._layers, self._handles, self._closed = self._layers, [], [], True
         if self.elsewhere or self._differentiated or not layers:
             return []
-        small = sum([layer.after.numel() for layer in layers]) <= IMAGES * sum(map(torch.numel, self.values()))
-        return layers if small and all(layer.is_untouched for layer in layers) else []
+        held = 0
+        for _, _, before, after, stood, came in layers:
+            if before._version != stood or after._version != came:
+                return []
+            held += after.numel()
+        return layers if held <= IMAGES * sum(map(torch.numel, self.values())) else []
 
     def _give_up(self) -> None:
         self.elsewhere = True
@@ -141,23 +132,23 @@ def _is_unusual() -> bool:
 
 @final
 class Chain:
-    """The layers of an `nn.Sequential`, each a function, or the names of the weight and the bias of an `nn.Linear`."""
+    """The layers of an `nn.Sequential`: each a function, or None and the names of the weight and bias of an `nn.Linear`."""
 
-    def __init__(self, links: tuple[Callable[[Any], Any] | tuple[str, str | None], ...]) -> None:
+    def __init__(self, links: tuple[tuple[Callable[[Any], Any] | None, str, str | None], ...]) -> None:
         self._links = links
 
     def __call__(self, tensors: Mapping[str, Tensor], x: Any, watched: Watched | None = None) -> Any:
         """What the module gives for one positional argument; `watched` learns of the linear layers."""
-        noted = watched if watched is not None and watched.begin(x) else None
-        for link in self._links:
-            if isinstance(link, tuple):
-                weight, bias = link
-                before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
-                if noted is not None:
-                    noted.note(weight, bias, before, x)
-            else:
-                x = link(x)
-        return x if noted is None else noted.left(x)
+        run: list[Layer] = []
+        noted = watched is not None and watched.begin(x)
+        for function, weight, bias in self._links:
+            if function is not None:
+                x = function(x)
+                continue
+            before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
+            if noted:
+                run.append((weight, bias, before, x, before._version, x._version))
+        return x if watched is None or not noted else watched.left(x, run)
 
 
 def chain_of(module: nn.Module) -> Chain | None:
@@ -166,31 +157,33 @@ def chain_of(module: nn.Module) -> Chain | None:
     Layers are `nn.Linear` and those that hold no tensors. The module must not be changed afterwards.
     """
     names = {id(part): f"{prefix}." if prefix else "" for prefix, part in module.named_modules()}
-    links: list[Callable[[Any], Any] | tuple[str, str | None]] = []
+    links: list[tuple[Callable[[Any], Any] | None, str, str | None]] = []
     for layer in _layers(module):
         if layer is None:
             return None
         if type(layer) is nn.Linear:
             has_bias = layer._parameters["bias"] is not None  # pyright: ignore[reportPrivateUsage]
             name = names[id(layer)]
-            links.append((f"{name}weight", f"{name}bias" if has_bias else None))
+            links.append((None, f"{name}weight", f"{name}bias" if has_bias else None))
         elif type(layer) is nn.ReLU and not layer.inplace:
-            links.append(torch.relu)
+            links.append((torch.relu, "", None))
         else:
-            links.append(_FUNCTIONS.get(type(layer), layer.forward))
+            links.append((_FUNCTIONS.get(type(layer), layer.forward), "", None))
     return Chain(tuple(links))
+
+
+_FOR_ALL = (
+    modules._global_forward_hooks,  # pyright: ignore[reportPrivateUsage]
+    modules._global_forward_pre_hooks,  # pyright: ignore[reportPrivateUsage]
+    modules._global_backward_hooks,  # pyright: ignore[reportPrivateUsage]
+    modules._global_backward_pre_hooks,  # pyright: ignore[reportPrivateUsage]
+)
+"""Hooks for every module, which are registered here."""
 
 
 def is_observed() -> bool:
     """Whether somebody watches calls of all modules: hooks for every module, tracing, another `nn.Module.__call__`."""
-    return bool(
-        modules._global_forward_hooks  # pyright: ignore[reportPrivateUsage]
-        or modules._global_forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
-        or modules._global_backward_hooks  # pyright: ignore[reportPrivateUsage]
-        or modules._global_backward_pre_hooks  # pyright: ignore[reportPrivateUsage]
-        or nn.Module.__call__ is not _CALL
-        or _C._get_tracing_state()
-    )
+    return any(_FOR_ALL) or nn.Module.__call__ is not _CALL or _C._get_tracing_state() is not None
 
 
 def _layers(module: nn.Module) -> list[nn.Module | None]:

@@ -46,7 +46,7 @@ def factored_gradient(
         value, after, places, watched, layers = _evaluated(function, at, own)
         if layers and value.requires_grad:
             one = (torch.ones_like(value),)
-            found = reverse_pass((value,), [layer.after for layer in layers], one, retain=True, again=True)
+            found = reverse_pass((value,), [after for _, _, _, after, _, _ in layers], one, retain=True, again=True)
             pairs = _paired(layers, found)
             kept = _Recorded(watched, pairs, places)
             return kept.multiplied if pairs else None, value.detach(), after, kept.pull
@@ -66,14 +66,13 @@ def gradients_as_factors(
     if not value.requires_grad:
         return {}, value.detach(), after
     others = {name: tree for name, tree in places.items() if name != factored} if layers else places
-    inputs = [layer.after for layer in layers]
+    inputs = [after for _, _, _, after, _, _ in layers]
     for tree in others.values():
         inputs += _tree.leaves(tree)
     found = reverse_pass((value,), inputs, (torch.ones_like(value),), retain=False, again=False)
     gradient = grouped(others, found[len(layers) :])
-    pairs = _paired(layers, found)
-    if pairs:  # of what went into the layers, the numbers are held and not the graph
-        pairs = [pair._replace(before=pair.before.detach()) for pair in pairs]
+    pairs = _paired(layers, found, graph=False)
+    if pairs:
         gradient = {**gradient, factored: Factored(watched, pairs)}
     return gradient, value.detach(), after
 
@@ -99,11 +98,14 @@ def _evaluated(
     return value, after, places, watched, layers
 
 
-def _paired(layers: Iterable[Layer], deltas: Iterable[Tensor | None]) -> list[_Pair]:
-    """The gradients of `layers`, without those that the value does not depend on."""
+def _paired(layers: Iterable[Layer], deltas: Iterable[Tensor | None], *, graph: bool = True) -> list[_Pair]:
+    """The gradients of `layers`, without those that the value does not depend on.
+
+    Of what went into the layers the numbers are held, and the `graph` only if it is asked for.
+    """
     return [
-        _Pair(layer.weight, layer.bias, layer.before, layer.versions[0], delta)
-        for layer, delta in zip(layers, deltas, strict=False)
+        _Pair(weight, bias, before if graph else before.detach(), version, delta)
+        for (weight, bias, before, _, version, _), delta in zip(layers, deltas, strict=False)
         if delta is not None
     ]
 
@@ -154,6 +156,9 @@ class Factored(Mapping[str, "Tensor"]):
 
     def __init__(self, leaves: Mapping[str, Tensor], pairs: Sequence[_Pair]) -> None:
         self._leaves, self._pairs = leaves, pairs
+        self._pair_of: dict[str, _Pair | None] = {}  # None where a layer was run more than once
+        for pair in pairs:
+            self._pair_of[pair.weight] = None if pair.weight in self._pair_of else pair
 
     @cached_property
     def _whole(self) -> Mapping[str, Tensor]:
@@ -175,11 +180,11 @@ class Factored(Mapping[str, "Tensor"]):
         (aa'ᵀ + 1)δ' where that takes fewer multiplications, V and v not being there: the 1 is what Σ δ' comes from. In
         float16, aa'ᵀ could overflow where V, to which each sample adds little, does not.
         """
-        pairs = [pair for pair in self._pairs if pair.weight == weight]
-        if "_whole" in vars(self) or len(pairs) != 1:
+        pair = self._pair_of.get(weight)
+        if pair is None or "_whole" in vars(self):
             return linear(before, self[weight], None if bias is None else self[bias])
-        delta, other = pairs[0].rows()
-        here, there, (high, wide) = prod(before.shape[:-1]), len(other), self._leaves[weight].shape
+        delta, other = pair.rows()
+        here, there, (high, wide) = prod(before.shape[:-1]), other.shape[0], self._leaves[weight].shape
         if here * there * (high + wide) < (here + there) * high * wide and delta.dtype is not torch.float16:
             return linear(before, other, None if bias is None else other.new_ones(there)) @ delta
         return linear(before, delta.t().mm(other), None if bias is None else delta.sum(0))

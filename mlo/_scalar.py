@@ -44,3 +44,18 @@ def scaled(tree: Tree, by: float) -> Tree:
     if not named:
         return tree * scalar(by, tree.dtype, tree.is_cpu, type(tree))
     return {name: tensor * scalar(by, tensor.dtype, tensor.is_cpu, type(tensor)) for name, tensor in tree.items()}
+
+
+def combined(
+    tensors: Mapping[str, Tensor], others: Mapping[str, Tensor], by: float, scale: float
+) -> Mapping[str, Tensor]:
+    """by · tensor + scale · other for each of `tensors`; what the product gave is written to where that is allowed."""
+    if not may_overwrite():
+        return {name: (tensor * by).add(others[name], alpha=scale) for name, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name, one in tensors.items():
+        two = others[name]
+        product = one * (scalar(by, one.dtype, one.is_cpu, type(one)) if by else by)
+        # Of zero-dimensional tensors another type may win.
+        found[name] = product.add_(two, alpha=scale) if product.dtype is two.dtype else product.add(two, alpha=scale)
+    return found

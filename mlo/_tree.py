@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from operator import methodcaller
 from typing import TYPE_CHECKING
 
+from mlo._late import scalars
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,7 +25,7 @@ _MAPPINGS = (dict, Mapping)
 
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of `tree`, in its order."""
-    return list(tree.values()) if isinstance(tree, _MAPPINGS) else [tree]
+    return [*tree.values()] if isinstance(tree, _MAPPINGS) else [tree]
 
 
 def named(tree: Tree) -> Mapping[str, Tensor]:
@@ -75,17 +77,13 @@ def add(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
     return {name: tensor.add(table[name], alpha=scale) for name, tensor in tree.items()}
 
 
-def add_into(tree: Tree, other: Tree, *, scale: float | Tensor = 1.0) -> Tree:
-    """`add`, for a `tree` that nobody else holds: it is written to where that is allowed, and saves a copy of its size."""
-    from mlo._modes import may_overwrite  # nothing else here needs torch
-
-    if not (isinstance(scale, (int, float)) and may_overwrite()):
-        return add(tree, other, scale=scale)
-
-    def into(one: Tensor, two: Tensor) -> Tensor:  # of zero-dimensional tensors another type may win
-        return one.add_(two, alpha=scale) if one.dtype == two.dtype else one.add(two, alpha=scale)
-
-    return apply(into, tree, other) if isinstance(tree, _MAPPINGS) else into(tree, _tensor(other))
+def combined(tree: Tree, other: Tree, *, by: float | Tensor, scale: float | Tensor) -> Tree:
+    """by · tree + scale · other, in one copy where that is allowed."""
+    if not (isinstance(by, (int, float)) and isinstance(scale, (int, float))):
+        return add(apply(lambda tensor: tensor * by, tree), other, scale=scale)
+    if isinstance(tree, _MAPPINGS):
+        return scalars().combined(tree, _table(other), by, scale)
+    return scalars().combined({"": tree}, {"": _tensor(other)}, by, scale)[""]
 
 
 def subtract(tree: Tree, other: Tree) -> Tree:
@@ -96,9 +94,7 @@ def subtract(tree: Tree, other: Tree) -> Tree:
 def scale(tree: Tree, *, by: float | Tensor) -> Tree:
     """by · tree."""
     if isinstance(by, float):
-        from mlo._scalar import scaled  # nothing else here needs torch
-
-        return scaled(tree, by)
+        return scalars().scaled(tree, by)
     return {name: tensor * by for name, tensor in tree.items()} if isinstance(tree, _MAPPINGS) else tree * by
 
 

@@ -21,6 +21,7 @@ ROOT = Path(mlo.__file__).parents[1]
 LAYERS = [
     {"mlo._errors", "mlo._modes", "mlo._types"},
     {"mlo._scalar"},
+    {"mlo._late"},
     {"mlo._patterns", "mlo._random", "mlo._score_function", "mlo._structure", "mlo._tree", "mlo.schedule"},
     {"mlo._backend", "mlo._chain", "mlo._constraint", "mlo._dense", "mlo._reduction", "mlo.optimizer"},
     {"mlo._autodiff", "mlo._module", "mlo.hypergradient", "mlo.stream"},

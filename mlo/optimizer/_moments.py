@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlo import _tree
+from mlo._late import scalars
 from mlo.optimizer._abstract import OptimizerState
 from mlo.optimizer._arithmetic import add_product, add_quotient, fitted, mixed
 from mlo.optimizer._root import root
@@ -31,9 +32,7 @@ def adaptive_step(
     epsilon: Setting,
 ) -> tuple[Tree, OptimizerState]:
     """m, v and w as in `Adam`, where `gradient` is its g."""
-    from mlo._modes import may_overwrite  # optimizers can be described without torch
-    from mlo._scalar import scalar
-
+    numeric: Any = scalars()
     count = state.count + 1
     beta1: Any
     beta2: Any
@@ -41,18 +40,20 @@ def adaptive_step(
     size: Any = rate / (1 - beta1**count)
     spread: Any = (1 - beta2**count) ** 0.5
     numbers = isinstance(size, float) and isinstance(spread, float) and isinstance(epsilon, (int, float))
-    plain = bool(numbers and beta2 and epsilon) and may_overwrite()
+    plain = bool(numbers and beta2 and epsilon) and numeric.may_overwrite()
     gradients, means, squares = map(_tree.named, (gradient, state.moments["first"], state.moments["second"]))
     first: list[Tensor] = []
     second: list[Tensor] = []
     moved: list[Tensor] = []
+    kind, decay, least = None, beta2, epsilon
     for name, parameter in _tree.named(parameters).items():
         g = gradients[name]
         if plain:  # the same numbers, in fewer copies and conversions
-            kind = g.dtype, g.is_cpu, type(g)
+            if kind != (kind := (g.dtype, g.is_cpu, type(g))):
+                decay, least = numeric.scalar(beta2, *kind), numeric.scalar(epsilon, *kind)
             m = means[name].lerp(g, 1 - beta1)
-            v = (squares[name] * scalar(beta2, *kind)).addcmul_(g, g, value=1 - beta2)
-            scaled = v.sqrt().div_(spread).add_(scalar(epsilon, *kind))
+            v = (squares[name] * decay).addcmul_(g, g, value=1 - beta2)
+            scaled = v.sqrt().div_(spread).add_(least)
             moved.append(parameter.addcdiv(m, scaled, value=-size))
         else:
             m = mixed(means[name], g, 1 - beta1)

@@ -75,7 +75,7 @@ class SGD(AbstractOptimizer):
         if "momentum" in moments:
             momentum = plain(self.momentum)
             weight = 1.0 if state.count == 0 else 1.0 - plain(self.dampening)
-            velocity = _tree.add_into(_tree.scale(moments["momentum"], by=momentum), direction, scale=weight)
+            velocity = _tree.combined(moments["momentum"], direction, by=momentum, scale=weight)
             direction = _tree.add(direction, velocity, scale=momentum) if self.nesterov else velocity
             moments = {"momentum": velocity}
         updated = _tree.add(parameters, direction, scale=-plain(self.learning_rate))

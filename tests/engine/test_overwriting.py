@@ -97,27 +97,29 @@ def test_a_trace_writes_to_nothing(optimizer):
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3, torch.tensor(0.7, dtype=torch.float64)])
+@pytest.mark.parametrize("by", [1.0, 0.9, 0.0, torch.tensor(0.7, dtype=torch.float64)])
 @pytest.mark.parametrize("make", [lambda: normal(4, seed=3), lambda: {"a": normal(4, seed=3), "b": normal(2, seed=4)}])
-def test_sums_into_a_tree(make: Callable[[], Any], scale: Any):
+def test_a_sum_is_that_of_its_terms_and_leaves_them(make: Callable[[], Any], by: Any, scale: Any):
     tree, other = make(), _tree.scale(make(), by=-2.0)
-    right = _tree.add(tree, other, scale=scale)
-    assert _tree.add_into(tree, other, scale=scale) is not tree  # recording is on
+    right = _tree.leaves(_tree.add(_tree.apply(lambda tensor: tensor * by, tree), other, scale=scale))
+    assert all(map(torch.equal, _tree.leaves(_tree.combined(tree, other, by=by, scale=scale)), right))  # it is recorded
     with torch.no_grad():
-        found = _tree.add_into(make(), other, scale=scale)
-    assert all(map(torch.equal, _tree.leaves(found), _tree.leaves(right)))
+        assert all(map(torch.equal, _tree.leaves(_tree.combined(tree, other, by=by, scale=scale)), right))
+    assert all(map(torch.equal, _tree.leaves(tree), _tree.leaves(make())))
 
 
 def test_a_tree_and_a_tensor_do_not_add_up():
     with torch.no_grad(), pytest.raises(TypeError):
-        _tree.add_into({"a": normal(2, seed=1)}, normal(2, seed=1))
+        _tree.combined({"a": normal(2, seed=1)}, normal(2, seed=1), by=0.9, scale=1.0)
     with torch.no_grad(), pytest.raises(TypeError):
-        _tree.add_into(normal(2, seed=1), {"a": normal(2, seed=1)})
+        _tree.combined(normal(2, seed=1), {"a": normal(2, seed=1)}, by=0.9, scale=1.0)
 
 
 def test_a_wider_number_wins_whether_they_write_or_not():
     """Of zero-dimensional tensors; a weight decay that is read may be one."""
     narrow, wide = torch.tensor(0.5), torch.tensor(0.25, dtype=torch.float64)
     with torch.no_grad():
-        found = _tree.add_into(narrow.clone(), wide)
+        found = _tree.combined(narrow, wide, by=2.0, scale=1.0)
     assert found.dtype == torch.float64
-    assert found == 0.75
+    assert found == 1.25
+    assert narrow == 0.5
