@@ -184,6 +184,35 @@ def gradients(
     return grouped(leaves, found), value.detach(), after
 
 
+def difference_of_gradients(
+    function: Callable[[Mapping[str, Tree], Tree], tuple[Tensor, Any]], at: Mapping[str, Tree], above: Tree, below: Tree
+) -> Upstream:
+    """∂function(at, above)/∂at[name] less ∂function(at, below)/∂at[name], for every name that either depends on.
+
+    One reverse pass for each place, the first before the second is evaluated. At the outermost level only: not inside a
+    transform, and not where `at` or the places are recorded.
+    """
+    leaves, inputs = leaves_of(at)
+    found: list[Sequence[Tensor | None]] = []
+    for place in (above, below):
+        with Recording():
+            value, _ = function(leaves, place)
+        used = value.requires_grad and inputs
+        weights = (torch.ones_like(value),)
+        found.append(
+            reverse_pass((value,), inputs, weights, retain=False, again=False) if used else [None] * len(inputs)
+        )
+        del value  # its graph, before there is another
+    return grouped(leaves, list(map(_less, *found)))
+
+
+def _less(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    """one − two, where None is zero."""
+    if one is None or two is None:
+        return one if two is None else -two
+    return one - two
+
+
 def recorded_gradient(function: Callable[[Tree], tuple[Tensor, After]], at: Tree) -> tuple[Tree | None, Tensor, After]:
     """∇function at `at`, as a differentiable function of all that `function` reads; None if it does not depend on `at`.
 
@@ -266,9 +295,12 @@ def leaves_of(trees: Mapping[str, Tree]) -> tuple[Mapping[str, Tree], list[Tenso
     places: dict[str, Tree] = {}
     leaves: list[Tensor] = []
     for name, tree in trees.items():
-        own = list(map(_MAKE_LEAF, map(_DETACH, _tree.leaves(tree))))
-        places[name] = _tree.rebuild(tree, own)
-        leaves += own
+        if isinstance(tree, (dict, Mapping)):
+            places[name] = own = dict(zip(tree, map(_MAKE_LEAF, map(_DETACH, tree.values())), strict=True))
+            leaves += own.values()
+        else:
+            places[name] = leaf = leaf_of(tree)
+            leaves.append(leaf)
     return places, leaves
 
 
@@ -287,13 +319,12 @@ def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstr
             if part is not None:
                 by_name[name] = part
             continue
-        own = dict(zip(tree, found[begin : begin + len(tree)], strict=True))
+        own = found[begin : begin + len(tree)]
         begin += len(tree)
-        kinds = set(map(type, own.values()))
-        if own and NoneType not in kinds:
-            by_name[name] = own  # pyright: ignore[reportArgumentType]
-        elif len(kinds) > 1:
-            by_name[name] = {
-                key: torch.zeros_like(leaf) if (part := own[key]) is None else part for key, leaf in tree.items()
-            }
+        if NoneType not in map(type, own):
+            if own:
+                by_name[name] = dict(zip(tree, own, strict=True))  # pyright: ignore[reportArgumentType]
+        elif not all(part is None for part in own):
+            pairs = zip(tree.items(), own, strict=True)
+            by_name[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
     return by_name

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from mlo._autodiff import gradients
+from mlo._autodiff import difference_of_gradients, gradients
 from mlo._errors import UserError
 from mlo._factored import gradients_as_factors
-from mlo._objective import Aftermath, Record, evaluate
+from mlo._objective import Aftermath, Record, evaluate, shares
 from mlo._reduction import current_group, reduced_trees
 from mlo._shared import Shared, difference, gradient_at_first
 
@@ -77,6 +77,13 @@ def difference_of_partials(
     Raises `UserError` where what it shares depends on the level's own variables.
     """
     above, below = places
+    if not shares(level):
+
+        def objective(moving: Mapping[str, Tree], own: Tree) -> tuple[Tensor, Aftermath]:
+            return evaluate(level, skeletons, {**values, **moving, level.name: own}, buffers, record)
+
+        found = difference_of_gradients(objective, {name: values[name] for name in towards}, above, below)
+        return reduced_trees(found, record.batch, level.name)[0]
     if shared is None:
         shared = Shared({name: values[name] for name in towards}, above)
         above = shared.first

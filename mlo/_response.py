@@ -139,80 +139,104 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
     is being recorded, so has the response: its derivative is the pullback of its method, and can be differentiated again.
     """
     recording = is_recorded(around.values.values())
-    pulled = recording or around.live
-    tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if pulled else Tape(0, 0)
+    tape = level.hypergradient.tape(steps, _tree.size(start.variables)) if recording or around.live else Tape(0, 0)
     replaced = 0
     if current_group() is not None:  # a recorded step would have to be differentiated through its reduction
         replaced = min(steps, tape.recorded)
         tape = tape._replace(recorded=0, kept=max(replaced, tape.kept))
-    every = 1 if recording else tape.every
-    begun, first = steps - min(steps, tape.recorded), steps - tape.kept  # the first that may be asked for again
-    position = start
+    begun = steps - min(steps, tape.recorded)
+    found = _taken(level, around, start, records, tape, begun, recording=recording) if begun or tape.forward else None
+    if begun < steps:
+        one = steps - begun == 1 and level.has_closed_pullback and not (recording or inside_transform())
+        at = start if found is None else found.end
+        last = (_record_one if one else _record)(level, around, at, records[begun:steps])
+        found = last if found is None else found.followed_by(last)
+    elif found is None:
+        found = _Steps(start, (), (), (), (records[-1], start.buffers))
+    response = Response(
+        level=level,
+        end=found.end,
+        losses=found.losses,
+        aftermaths=found.aftermaths,
+        around=around,
+        kept=found.kept,
+        rest=found.rest,
+        begin=start,
+        records=tuple(records),
+        recorded=replaced if found.pull is None else steps - begun,
+        pull=found.pull,
+        tangents=found.tangents,
+        takes_factors=found.takes_factors and type(level.hypergradient) is Unroll,
+    )
+    return _with_history(response) if recording and found.pull is None else response
+
+
+class _Steps(NamedTuple):
+    """Steps that were taken: where they led, what they left, what is kept of them, and what the last one was evaluated on.
+
+    With the tangents that were carried along, and how to pull back through those whose graph was kept.
+    """
+
+    end: Position
+    losses: tuple[Tensor, ...]
+    aftermaths: tuple[Aftermath, ...]
+    kept: Sequence[Step]
+    rest: tuple[Record, Mapping[str, Tensor]]
+    tangents: tuple[Tangent, ...] = ()
+    pull: Callable[..., Upstream] | None = None
+    takes_factors: bool = False
+
+    def followed_by(self, last: _Steps) -> _Steps:
+        """These and `last`, which began where they led, and of which alone anything is kept."""
+        losses, aftermaths = (*self.losses, *last.losses), (*self.aftermaths, *last.aftermaths)
+        return last._replace(losses=losses, aftermaths=aftermaths, tangents=self.tangents)
+
+
+def _taken(
+    level: Level,
+    around: Surroundings,
+    position: Position,
+    records: Sequence[Record],
+    tape: Tape,
+    steps: int,
+    *,
+    recording: bool,
+) -> _Steps:
+    """Take the first `steps` steps without their graph, and keep of them what `tape` says."""
+    every, first = 1 if recording else tape.every, steps - tape.kept  # the first that may be asked for again
     losses: list[Tensor] = []
     aftermaths: list[Aftermath] = []
     starts: list[Position] = []
     again: list[Record] = []
     kept: deque[Step] = deque(maxlen=max(1, tape.kept) if every == 1 else 1)
-    rest = (records[-1], start.buffers)
+    rest = (records[-1], position.buffers)
     tangents: list[Tangent] = []
-    if begun or tape.forward:
-        with torch.no_grad() if recording else nullcontext():
-            fixed = _without_history(around) if recording else around
-            if tape.forward and not recording:
-                tangents = at_rest(start, fixed)
-            for number, record in enumerate(records[:begun]):
-                if kept.maxlen == 1:
-                    kept.clear()  # and its gradient, before there is another
-                elif kept:
-                    kept[-1] = kept[-1].bare(moments=recording or not level.has_closed_pullback)
-                # A recorded response is pulled back towards other levels than it is taken for.
-                compared = tape.compared and not recording and number == steps - 1
-                position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
-                tangents = advanced(last, tangents) if tangents else []
-                rest = (last.record, last.at.buffers)
-                kept.append(last)
-                if every > 1 and number >= first:
-                    again.append(last.record)
-                    if (number - first) % every == 0:
-                        starts.append(last.at)
-                losses.append(loss)
-                aftermaths.append(aftermath)
-    found: _Recorded | None = None
-    if begun < steps:
-        one = steps - begun == 1 and level.has_closed_pullback and not (recording or inside_transform())
-        found = (_record_one if one else _record)(level, around, position, records[begun:steps])
-        position, losses, aftermaths = found.end, [*losses, *found.losses], [*aftermaths, *found.aftermaths]
-        kept, rest = deque([found.last]), (found.last.record, found.last.at.buffers)
-    response = Response(
-        level=level,
-        end=position,
-        losses=tuple(losses),
-        aftermaths=tuple(aftermaths),
-        around=around,
-        kept=Retaken(level, around, starts, again, every) if again else tuple(kept),
-        rest=rest,
-        begin=start,
-        records=tuple(records),
-        recorded=replaced if found is None else steps - begun,
-        pull=None if found is None else found.pull,
-        tangents=tuple(tangents),
-        takes_factors=found is not None and found.takes_factors and type(level.hypergradient) is Unroll,
-    )
-    return _with_history(response) if recording and found is None else response
+    with torch.no_grad() if recording else nullcontext():
+        fixed = _without_history(around) if recording else around
+        if tape.forward and not recording:
+            tangents = at_rest(position, fixed)
+        for number, record in enumerate(records[:steps]):
+            if kept.maxlen == 1:
+                kept.clear()  # and its gradient, before there is another
+            elif kept:
+                kept[-1] = kept[-1].bare(moments=recording or not level.has_closed_pullback)
+            # A recorded response is pulled back towards other levels than it is taken for.
+            compared = tape.compared and not recording and number == steps - 1
+            position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
+            tangents = advanced(last, tangents) if tangents else []
+            rest = (last.record, last.at.buffers)
+            kept.append(last)
+            if every > 1 and number >= first:
+                again.append(last.record)
+                if (number - first) % every == 0:
+                    starts.append(last.at)
+            losses.append(loss)
+            aftermaths.append(aftermath)
+    held = Retaken(level, around, starts, again, every) if again else tuple(kept)
+    return _Steps(position, tuple(losses), tuple(aftermaths), held, rest, tuple(tangents))
 
 
-class _Recorded(NamedTuple):
-    """Steps whose graph was kept: where they led, what they left, the last by itself, and how to pull back."""
-
-    end: Position
-    losses: Sequence[Tensor]
-    aftermaths: Sequence[Aftermath]
-    last: Step
-    pull: Callable[..., Upstream]
-    takes_factors: bool = False
-
-
-def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Recorded:
+def _record_one(level: Level, around: Surroundings, at: Position, records: Sequence[Record]) -> _Steps:
     """`_record` of one step whose update has a pullback in closed form: only its gradient needs a graph.
 
     Not where it is recorded, nor inside a transform.
@@ -233,10 +257,18 @@ def _record_one(level: Level, around: Surroundings, at: Position, records: Seque
 
     last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
     end = Position(variables, aftermath.buffers, state)
-    return _Recorded(end, (loss,), (aftermath,), last, pull_step, takes_factors(pull))
+    return _Steps(
+        end,
+        (loss,),
+        (aftermath,),
+        (last,),
+        (last.record, at.buffers),
+        pull=pull_step,
+        takes_factors=takes_factors(pull),
+    )
 
 
-def _record(level: Level, around: Surroundings, start: Position, records: Sequence[Record]) -> _Recorded:
+def _record(level: Level, around: Surroundings, start: Position, records: Sequence[Record]) -> _Steps:
     """Take steps and keep their graph with respect to the live levels."""
     around.tally.gradients += len(records)
     optimizer = level.optimizer
@@ -267,7 +299,8 @@ def _record(level: Level, around: Surroundings, start: Position, records: Sequen
     aftermaths = [Aftermath(*each)._replace(parts=part) for each, part in zip(left, parts, strict=True)]
     at = _position(stood, count - 1)
     last = Step(level, around, at, records[-1].with_choices(aftermaths[-1].choices), gradient)
-    return _Recorded(_position((variables, *end), count), losses, aftermaths, last, pull)
+    end = _position((variables, *end), count)
+    return _Steps(end, tuple(losses), tuple(aftermaths), (last,), (last.record, at.buffers), pull=pull)
 
 
 def _left(at: Position) -> tuple[Mapping[str, Tensor], Mapping[str, Tree]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
+import torch
+
 from mlo import _tree
 from mlo._errors import UserError
 
@@ -135,16 +137,29 @@ class Norms:
     @classmethod
     def of(cls, parts: Parts, before: Tree | None = None) -> Norms:
         """The norms of `parts`, and the cosine to the hypergradient `before`."""
-        through = {name: _tree.norm(part) for name, part in parts.through.items()}
-        indirect = next(iter(through.values())) if len(through) == 1 else _tree.norm(parts.indirect)
-        total = indirect if parts.partial is None else _tree.norm(parts.total)
+        through = {name: _norm(part) for name, part in parts.through.items()}
+        indirect = next(iter(through.values())) if len(through) == 1 else _norm(parts.indirect)
+        total = indirect if parts.partial is None else _norm(parts.total)
         return cls(
             total=total,
-            direct=indirect.new_zeros(()) if parts.partial is None else _tree.norm(parts.partial),
+            direct=indirect.new_zeros(()) if parts.partial is None else _norm(parts.partial),
             indirect=indirect,
             through=through,
             cosine=None if before is None else _cosine(parts.total, total, before),
         )
+
+
+FEW = 4096
+"""Numbers up to which copying them next to each other costs less than an operation more."""
+
+
+def _norm(tree: Tree) -> Tensor:
+    """`_tree.norm`, in one piece where the numbers are few."""
+    tensors = _tree.leaves(tree)
+    if len(tensors) == 1 or _tree.size(tree) > FEW or len({tensor.dtype for tensor in tensors}) > 1:
+        return _tree.norm(tree)
+    numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return (numbers * numbers).sum().sqrt()
 
 
 def _cosine(tree: Tree, length: Tensor, other: Tree) -> Tensor:

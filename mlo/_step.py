@@ -339,7 +339,7 @@ def difference_of_reads(
     shared: Shared | None = None,
 ) -> Upstream:
     """`gradient_of_reads` at the first of two places less that at the second, with what is shared computed once."""
-    if not shares(level) or _unshared(around):
+    if _unshared(around):
         above, below = (gradient_of_reads(level, around, place, at, record) for place in places)
         return {name: _tree.subtract(above[name], below[name]) for name in above}
     around.tally.gradients += 2

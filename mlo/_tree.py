@@ -88,7 +88,10 @@ def combined(tree: Tree, other: Tree, *, by: float | Tensor, scale: float | Tens
 
 def subtract(tree: Tree, other: Tree) -> Tree:
     """tree − other."""
-    return apply(lambda one, two: one - two, tree, other)
+    if not isinstance(tree, _MAPPINGS):
+        return tree - _tensor(other)
+    table = _table(other)
+    return {name: tensor - table[name] for name, tensor in tree.items()}
 
 
 def scale(tree: Tree, *, by: float | Tensor) -> Tree:

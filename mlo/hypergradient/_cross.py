@@ -91,11 +91,13 @@ def moderate_length(at: AbstractLinearisation | AbstractStep, direction: Tree) -
 
 def _length(direction: Tree) -> Tensor:
     """‖q‖ in one pass and to 1e-4, which is as good as any ε; more exactly for types that have no such product."""
-    tensors = _tree.leaves(_tree.detach(direction))
-    if any(tensor.dtype.itemsize < 4 or not tensor.is_floating_point() for tensor in tensors):
-        return _tree.norm(_tree.detach(direction))
+    tensors = _tree.leaves(direction)
+    kinds = {tensor.dtype for tensor in tensors}
+    if len(kinds) > 1 or any(kind.itemsize < 4 or not kind.is_floating_point for kind in kinds):
+        return _tree.norm(direction).detach()
     flat = [tensor.reshape(-1) for tensor in tensors]
-    return sum([each.dot(each) for each in flat[1:]], flat[0].dot(flat[0])).sqrt()
+    squares = [each.dot(each) for each in flat]
+    return sum(squares[1:], squares[0]).sqrt().detach()
 
 
 def _moderate(length: float | None) -> float | None:

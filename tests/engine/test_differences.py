@@ -10,6 +10,7 @@ from helpers import normal, relative_error
 from torch import Tensor
 
 import mlo
+from mlo._autodiff import difference_of_gradients, gradients
 from mlo._engine import Iteration
 from mlo._step import Step
 from mlo.hypergradient import CentralDifference, FiniteDifference, Implicit, Neumann, Unroll
@@ -97,3 +98,31 @@ def test_a_norm_that_overflows_is_a_number_that_is_not_finite(method):
     graph = graph_of(method, SGD(learning_rate=0.1), factor=1e30, dtype=torch.float32)
     with pytest.raises(mlo.NumericalError):
         graph.step(graph.init())
+
+
+def test_a_difference_of_gradients_is_that_of_the_two():
+    """Also where only one of the two evaluations depends on a tensor, or on a level."""
+    leaves = {"u": {"both": normal(3, seed=1), "above": normal(3, seed=2), "below": normal(3, seed=3)},
+              "above": normal(3, seed=4), "below": normal(3, seed=5), "neither": normal(3, seed=6)}  # fmt: skip
+    above, below = torch.ones(3, dtype=torch.float64), -torch.ones(3, dtype=torch.float64)
+
+    def function(at: Any, own: Tensor) -> tuple[Tensor, None]:
+        side = "above" if own.sum() > 0 else "below"
+        return (own * (at["u"]["both"].sin() + at["u"][side].cos() + at[side].exp())).sum(), None
+
+    with torch.no_grad():
+        found = difference_of_gradients(function, leaves, above, below)
+        one, two = (gradients(lambda at, place=place: function(at, place), leaves)[0] for place in (above, below))
+    assert found.keys() == {"u", "above", "below"}
+    assert torch.equal(found["above"], one["above"])
+    assert torch.equal(found["below"], -two["below"])
+    assert found["u"].keys() == leaves["u"].keys()
+    for name, tensor in found["u"].items():
+        assert torch.equal(tensor, one["u"][name] - two["u"][name])
+
+
+def test_no_difference_where_nothing_depends_on_what_is_asked_for():
+    with torch.no_grad():
+        at, place = {"u": normal(3, seed=1)}, normal(3, seed=2)
+        assert difference_of_gradients(lambda at, own: (own.sum(), None), at, place, -place) == {}
+        assert difference_of_gradients(lambda at, own: (own.sum(), None), {}, place, -place) == {}
