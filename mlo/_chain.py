@@ -69,10 +69,9 @@ class Watched(dict[str, "Tensor"]):
         itself that came out of a layer: a hook on it would change what is found there.
         """
         for layer in run:
-            weight, bias, before, after, _, _ = layer
+            weight, bias, _, after, _, _ = layer
             known = weight in self
-            usual = known and (bias is None or bias in self) and after.requires_grad and type(after) is torch.Tensor
-            if usual and before.dtype is after.dtype is self[weight].dtype:  # not under autocast
+            if known and (bias is None or bias in self) and type(after) is torch.Tensor:
                 self._layers.append(layer)
             elif known or bias in self:
                 self._give_up()
@@ -120,13 +119,16 @@ def _is_plain(tensor: Any) -> bool:
 def _is_unusual() -> bool:
     """Whether layers do more than they seem to.
 
-    In forward mode tensors carry tangents past what comes out of a layer; somebody may stand between functions and what they
-    do; and what a checkpoint would let go of must not be held.
+    Where nothing is recorded, a checkpoint may be about to run them again, and what one would let go of must not be held. In
+    forward mode tensors carry tangents past what comes out of a layer; autocast makes others of them; and somebody may stand
+    between functions and what they do.
     """
     return (
-        forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-        or _C._len_torch_function_stack() > 0
+        not torch.is_grad_enabled()
         or _C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+        or _C._is_any_autocast_enabled()
+        or _C._len_torch_function_stack() > 0
     )
 
 

@@ -127,14 +127,11 @@ class _Pair(NamedTuple):
     def rows(self) -> tuple[Tensor, Tensor]:
         """δ and what went into the layer, a row a sample; the latter must not have changed."""
         self.refuse_changed()
-        return _rows(self.delta), _rows(self.before)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    dimensions = tensor.dim()
-    if dimensions == 2:
-        return tensor
-    return tensor.flatten(0, -2) if dimensions > 2 else tensor[None]
+        delta, before = self.delta, self.before
+        dimensions = delta.dim()
+        if dimensions == 2:
+            return delta, before
+        return (delta.flatten(0, -2), before.flatten(0, -2)) if dimensions > 2 else (delta[None], before[None])
 
 
 def _multiplied(pairs: Iterable[_Pair], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,17 +81,17 @@ class Skeleton:
         A buffer may have been written to, or another tensor assigned in its place; torch puts the latter into the mapping
         it was given.
         """
+        ties = self._ties
+        everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
+        chain = self._chains[training]
+        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
+            return chain(everything, args[0], watched), everything
         statistics = self._batch_statistics[training]
         if statistics is not None and current_group() is not None:
             raise UserError(
                 f"'{statistics}' takes statistics of the batch, of which each of several processes sees a part: call the "
                 "module with training=False, replace the layer (by GroupNorm, say), or run in one process"
             )
-        ties = self._ties
-        everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
-        chain = self._chains[training]
-        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
-            return chain(everything, args[0], watched), everything
         if watched is not None:
             watched.elsewhere = True
         places = self._places[training]
