@@ -51,7 +51,7 @@ class Watched(dict[str, "Tensor"]):
         self.elsewhere = False
         self._layers: list[Layer] = []
         self._differentiated: list[bool] = []
-        self._handles: list[Any] = []
+        self._hooks: list[dict[int, Any]] = []
         self._closed = False
 
     def begin(self, x: Any) -> bool:
@@ -80,12 +80,13 @@ class Watched(dict[str, "Tensor"]):
             return x
         seen = self._differentiated  # a hook is out of the sight of Python's collector: it holds nothing else
 
-        def differentiated(gradients: object) -> None:
+        def differentiated(gradient: object) -> None:
             seen.append(True)
 
-        last = self._layers[-1][3]
-        node: Any = last.grad_fn
-        self._handles.append(node.register_prehook(differentiated))
+        last: Any = self._layers[-1][3]
+        self._hooks.append({0: differentiated})
+        last._backward_hooks = self._hooks[-1]  # as `register_hook` does, without a handle
+        last.grad_fn._register_hook_dict(last)
         return x.clone() if x is last else x
 
     def close(self) -> list[Layer]:
@@ -93,9 +94,9 @@ class Watched(dict[str, "Tensor"]):
 
         Nothing where more would be held than `IMAGES` copies of the leaves.
         """
-        for handle in self._handles:
-            handle.remove()
-        layers, self._layers, self._handles, self._closed = self._layers, [], [], True
+        for hooks in self._hooks:
+            hooks.clear()
+        layers, self._layers, self._hooks, self._closed = self._layers, [], [], True
         if self.elsewhere or self._differentiated or not layers:
             return []
         held = 0
