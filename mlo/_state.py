@@ -159,7 +159,7 @@ def _norm(tree: Tree) -> Tensor:
     if len(tensors) == 1 or _tree.size(tree) > FEW or len({tensor.dtype for tensor in tensors}) > 1:
         return _tree.norm(tree)
     numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    return (numbers * numbers).sum().sqrt()
+    return numbers.dot(numbers).sqrt()
 
 
 def _cosine(tree: Tree, length: Tensor, other: Tree) -> Tensor:

@@ -36,10 +36,11 @@ def test_they_are_those_of_all_entries(tree):
     assert norms.direct == 0
 
 
-def test_they_have_the_type_of_what_they_measure():
-    tree = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.bfloat16)}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_they_have_the_type_of_what_they_measure(dtype):
+    tree = {"a": torch.ones(2, dtype=dtype), "b": torch.ones(2, dtype=dtype)}
     norms = Norms.of(Parts(partial=tree, through={"w": tree}, like=tree))
-    assert {norms.total.dtype, norms.direct.dtype, norms.through["w"].dtype} == {torch.bfloat16}
+    assert {norms.total.dtype, norms.direct.dtype, norms.through["w"].dtype} == {dtype}
     assert (norms.total, norms.direct, norms.through["w"]) == (4, 2, 2)
 
 
