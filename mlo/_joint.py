@@ -34,6 +34,11 @@ class JointResponse(AbstractResponse):
         """See `AbstractResponse`."""
         return sum(response.size for response in self._players.values())
 
+    @property
+    def recorded(self) -> int:
+        """None, of several levels."""
+        return 0
+
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """Not of several levels."""
         raise TypeError("the steps of several players are not recorded together")

@@ -46,6 +46,9 @@ class Skeleton:
         self._ties = _ties(module) if module else {}
         self._batch_statistics = {mode: _batch_statistics(each, training=mode) for mode, each in self._modes.items()}
         self._constraints = constraints
+        chained = any(chain is not None for chain in self._chains.values())
+        self.may_be_watched = chained and constraints is None and not self._ties
+        """Whether objectives see the very tensors that the optimizer moves, and a chain may be all that they go into."""
 
     def constrained(self, variables: Tree) -> Tree:
         """The numbers that objectives see, from those that the optimizer moves."""
@@ -59,13 +62,6 @@ class Skeleton:
             return value
         assert isinstance(value, (dict, Mapping))
         return ModuleVariables(self, value, buffers)
-
-    @property
-    def may_be_watched(self) -> bool:
-        """Whether objectives see the very tensors that the optimizer moves, and a chain may be all that they go into."""
-        return (
-            self._constraints is None and not self._ties and any(chain is not None for chain in self._chains.values())
-        )
 
     def __call__(
         self,

@@ -38,7 +38,7 @@ class Response(AbstractResponse):
     """The steps of one level in one iteration: where they led, what they left, and how to pull back.
 
     `rest` is what a linearisation at the end is evaluated on: the record of the last step and the buffers it began with.
-    `recorded` steps at the end were asked to be; under several processes they are kept instead, and `pull` is None.
+    `swept` steps at the end were asked to be recorded; under several processes they are kept instead, and `pull` is None.
     `begin` and `records` are what is needed to take all steps again.
     `takes_factors`: whether it makes use of a cotangent that is left as `mlo._factored.Factored`. Methods of the user's own
     get a tree of tensors.
@@ -53,7 +53,7 @@ class Response(AbstractResponse):
     rest: tuple[Record, Mapping[str, Tensor]]
     begin: Position
     records: tuple[Record, ...]
-    recorded: int = 0
+    swept: int = 0
     pull: Callable[..., Upstream] | None = None
     tangents: tuple[Tangent, ...] = ()
     takes_factors: bool = False
@@ -80,12 +80,17 @@ class Response(AbstractResponse):
         live = tuple(name for name in self.around.live if name in names)
         return replace(self, around=self.around._replace(live=live))
 
+    @property
+    def recorded(self) -> int:
+        """See `AbstractResponse`."""
+        return self.swept
+
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """See `AbstractResponse`."""
-        assert self.recorded, "no step was recorded"
+        assert self.swept, "no step was recorded"
         if self.pull is None:
-            return replayed(self.kept[-self.recorded :], cotangent)
-        self.around.tally.products += self.recorded
+            return replayed(self.kept[-self.swept :], cotangent)
+        self.around.tally.products += self.swept
         return self.pull(cotangent, self.around.live, retain=True)
 
     def contract(self, cotangent: Tree) -> Upstream:
@@ -163,7 +168,7 @@ def respond(level: Level, start: Position, around: Surroundings, records: Sequen
         rest=found.rest,
         begin=start,
         records=tuple(records),
-        recorded=replaced if found.pull is None else steps - begun,
+        swept=replaced if found.pull is None else steps - begun,
         pull=found.pull,
         tangents=found.tangents,
         takes_factors=found.takes_factors and type(level.hypergradient) is Unroll,

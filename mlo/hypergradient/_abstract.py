@@ -146,6 +146,11 @@ class AbstractResponse(ABC):
     def size(self) -> int:
         """How many numbers the level holds."""
 
+    @property
+    @abstractmethod
+    def recorded(self) -> int:
+        """How many steps at the end can be pulled back through by `pull_recorded`: as many as were asked for, see `Tape`."""
+
     @abstractmethod
     def pull_recorded(self, cotangent: Tree) -> Upstream:
         """(∂w*/∂u)ᵀ λ through the recorded steps; whatever came before them is held fixed. One product a step.

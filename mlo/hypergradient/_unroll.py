@@ -89,11 +89,9 @@ class Unroll(AbstractHypergradient):
 
     def pullback(self, response: AbstractResponse, cotangent: Tree) -> Upstream:
         """See the class. With no steps the response depends on nothing."""
-        if not response.steps:
-            return {}
-        if self.tape(response.steps, response.size).recorded:
+        if response.recorded:
             return response.pull_recorded(cotangent)
-        return replayed(response.taken(), cotangent)
+        return replayed(response.taken(), cotangent) if response.steps else {}
 
 
 def replayed(steps: Sequence[AbstractStep], cotangent: Tree) -> Upstream:
