@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,60 +51,114 @@ def generated_scores(
     of `recognised`, `sure` and `rarest`. `complete` adds a table and pictures.
     """
     digits = found.name == "digits"
-    each = SAMPLES if digits else SHOWN
-    classes = found.classes if clusters is None else clusters
-    labels = torch.arange(classes).repeat_interleave(each)
-    real: list[Tensor] = []
-    means: list[Tensor] = []  # of the real images of each label
-    apart_of_real: list[Tensor] = []
-    for c in range(classes):
-        of_class = _real(found, learned, c, context)
-        apart_of_real.append(_distance(of_class))
-        means.append(of_class.flatten(1).mean(0))
-        real += [of_class[:SHOWN].clone()] if c < ROWS else []  # all photographs together take gigabytes
-    kept: list[Tensor] = []
-    apart: list[Tensor] = []
-    nearest: list[Tensor] = []
-    for part in labels.split(AT_ONCE):
-        made = _images(generator, part, latent, context)
-        apart += [_distance(made[part == c]) for c in part.unique()]
-        nearest += [torch.cdist(made.flatten(1), torch.stack(means)).argmin(1)] if clusters is not None else []
-        kept.append(made if digits else made[part < ROWS])
-    images, shown = torch.cat(kept), labels if digits else labels[labels < ROWS]
-    distances, wanted = torch.stack(apart), torch.stack(apart_of_real)
-    metrics = {"variety": _least(distances / wanted)}
-    columns: dict[str, list[Any]] = {"class" if clusters is None else "label": [str(c) for c in range(classes)]}
-    if clusters is not None:
-        near = _shares(torch.cat(nearest), labels, classes)
+    each, kind = (SAMPLES if digits else SHOWN), ("class" if clusters is None else "label")
+    count = found.classes if clusters is None else clusters
+    labels = torch.arange(count).repeat_interleave(each)
+    real = _Real.of(found, learned, count, context)
+    means = None if clusters is None else real.means
+    made = _Made.of(generator, labels, latent, context, means=means, rows=count if digits else ROWS)
+    metrics = {"variety": _least(made.apart / real.apart)}
+    columns: dict[str, list[Any]] = {kind: [str(c) for c in range(count)]}
+    if made.nearest is not None:
+        near = _shares(made.nearest, labels, count)
         metrics |= {"nearest": near.min().item(), "mean_nearest": near.mean().item()}
         columns |= {"nearest (%)": near.tolist()}
     if digits:
-        probabilities = digits_judge()(2 * images.float() - 1).softmax(1)
-        seen = probabilities.argmax(1)
-        counts = torch.bincount(seen, minlength=found.classes)
-        if clusters is None:
-            shares = _shares(seen, labels, classes)
-            metrics |= {"recognised": shares.min().item(), "mean_recognised": shares.mean().item()}
-            columns |= {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
-        metrics |= {
-            "sure": 100 * (probabilities.amax(1) >= SURE).float().mean().item(),
-            "rarest": 100 * counts.min().item() * found.classes / len(labels),
-        }
+        numbers, shares = _judged(made.images, labels, found.classes, recognised=clusters is None)
+        metrics |= numbers
+        columns |= shares
     if not complete:
         return mlo.Evaluation(metrics=metrics)
     columns |= {
-        "mean distance": distances.tolist(),
-        "of real images": wanted.tolist(),
-        "ratio": (distances / wanted).tolist(),
+        "mean distance": made.apart.tolist(),
+        "of real images": real.apart.tolist(),
+        "ratio": (made.apart / real.apart).tolist(),
     }
     table = mlo.Table(
-        title=f"Generated images, {each} a {'class' if clusters is None else 'label'}",
+        title=f"Generated images, {each} a {kind}",
         columns=tuple(columns),
         rows=tuple(zip(*([_number(entry) for entry in column] for column in columns.values()), strict=True)),
     )
-    real_labels = torch.cat([torch.full((len(each),), c) for c, each in enumerate(real)])
-    pictures = {"generated": grid(images, shown), "real": grid(torch.cat(real), real_labels)}
+    pictures = {"generated": grid(made.images, made.labels), "real": grid(*real.shown)}
     return mlo.Evaluation(metrics=metrics, tables=(table,), pictures=pictures)
+
+
+class _Real(NamedTuple):
+    """The real images of each label: their means [labels, numbers], and the mean distance between two of them [labels].
+
+    `shown`: the first ten images of the first twenty labels, and their labels; all photographs together take gigabytes.
+    """
+
+    means: Tensor
+    apart: Tensor
+    shown: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, found: ImageSets, part: Part, count: int, context: mlo.Context) -> _Real:
+        """Those in `part` of the first `count` labels."""
+        means: list[Tensor] = []
+        apart: list[Tensor] = []
+        shown: list[Tensor] = []
+        for c in range(count):
+            images = _real(found, part, c, context)
+            apart.append(_distance(images))
+            means.append(images.flatten(1).mean(0))
+            shown += [images[:SHOWN].clone()] if c < ROWS else []
+        labels = torch.cat([torch.full((len(images),), c) for c, images in enumerate(shown)])
+        return cls(torch.stack(means), torch.stack(apart), (torch.cat(shown), labels))
+
+
+class _Made(NamedTuple):
+    """Generated images: those that are kept, their labels, and the mean distance between two images of each label.
+
+    `nearest`: for every image that was made, the label whose mean it lies nearest to, if means were given.
+    """
+
+    images: Tensor
+    labels: Tensor
+    apart: Tensor
+    nearest: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        generator: Callable[..., Tensor],
+        labels: Tensor,
+        latent: int,
+        context: mlo.Context,
+        *,
+        means: Tensor | None,
+        rows: int,
+    ) -> _Made:
+        """An image for each of `labels`, whole labels one after the other; images of the first `rows` labels are kept."""
+        kept: list[Tensor] = []
+        apart: list[Tensor] = []
+        nearest: list[Tensor] = []
+        for part in labels.split(AT_ONCE):
+            made = _images(generator, part, latent, context)
+            apart += [_distance(made[part == c]) for c in part.unique()]
+            nearest += [] if means is None else [torch.cdist(made.flatten(1), means).argmin(1)]
+            kept.append(made[part < rows])
+        near = torch.cat(nearest) if nearest else None
+        return cls(torch.cat(kept), labels[labels < rows], torch.stack(apart), near)
+
+
+def _judged(
+    images: Tensor, labels: Tensor, classes: int, *, recognised: bool
+) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """What a classifier of all digits says of `images`: metrics, and columns by class where labels are classes."""
+    probabilities = digits_judge()(2 * images.float() - 1).softmax(1)
+    seen = probabilities.argmax(1)
+    counts = torch.bincount(seen, minlength=classes)
+    metrics: dict[str, float] = {}
+    columns: dict[str, list[Any]] = {}
+    if recognised:
+        shares = _shares(seen, labels, classes)
+        metrics = {"recognised": shares.min().item(), "mean_recognised": shares.mean().item()}
+        columns = {"recognised (%)": shares.tolist(), "taken for it": counts.tolist()}
+    metrics["sure"] = 100 * (probabilities.amax(1) >= SURE).float().mean().item()
+    metrics["rarest"] = 100 * counts.min().item() * classes / len(labels)
+    return metrics, columns
 
 
 def grid(images: Tensor, labels: Tensor) -> Tensor:
