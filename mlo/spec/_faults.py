@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, final
@@ -96,3 +97,9 @@ def _shown(value: Any) -> str:
             return "[" + ", ".join(map(_shown, items)) + "]"
         case _:
             return repr(value)
+
+
+def first_name(error: Exception) -> str:
+    """The setting that a message begins with: `width is 0; …`, `'width': …`, `width=0: …`."""
+    found = re.match(r"[`'\"]?(\w+)", str(error))
+    return found[1] if found else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlo.spec._build import builder_of, context_of, problem_of, settings_of
+from mlo.spec._instance import builder_of, context_of, problem_of, settings_of
 from mlo.spec._models import Origin, Spec
 from mlo.spec._schema import Tables
 
