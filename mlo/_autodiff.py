@@ -192,9 +192,10 @@ def difference_of_gradients(
     One reverse pass for each place, the first before the second is evaluated. At the outermost level only: not inside a
     transform, and not where `at` or the places are recorded.
     """
-    leaves, inputs = leaves_of(at)
+    leaves: Mapping[str, Tree] = at
     found: list[Sequence[Tensor | None]] = []
     for place in (above, below):
+        leaves, inputs = leaves_of(at)  # others for each: an objective may leave hooks on them
         with Recording():
             value, _ = function(leaves, place)
         used = value.requires_grad and inputs

@@ -7,6 +7,7 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
@@ -63,19 +64,18 @@ class Watched(dict[str, "Tensor"]):
         return not self.elsewhere
 
     def left(self, x: Any, run: list[Layer]) -> Any:
-        """What a chain gives in place of `x`, which came out of it after `run`. Layers that are held fixed are not kept.
+        """What a chain gives in place of `x`, which came out of it after `run`, the layers that are not held fixed.
 
         If it is differentiated before `close`, the value depends on its layers in other ways. Nobody is given the tensor
         itself that came out of a layer: a hook on it would change what is found there.
         """
         for layer in run:
             weight, bias, _, after, _, _ = layer
-            known = weight in self
-            if known and (bias is None or bias in self) and type(after) is torch.Tensor:
-                self._layers.append(layer)
-            elif known or bias in self:
+            trained = weight in self and (bias is None or bias in self)
+            if not (trained and after.requires_grad and type(after) is torch.Tensor):
                 self._give_up()
                 return x
+        self._layers += run
         if not self._layers:
             return x
         seen = self._differentiated  # a hook is out of the sight of Python's collector: it holds nothing else
@@ -88,6 +88,12 @@ class Watched(dict[str, "Tensor"]):
         last._backward_hooks = self._hooks[-1]  # as `register_hook` does, without a handle
         last.grad_fn._register_hook_dict(last)
         return x.clone() if x is last else x
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        """Other leaves, which nobody watches."""
+        other = Watched(deepcopy(dict(self), memo))
+        other._closed = True
+        return other
 
     def close(self) -> list[Layer]:
         """The value is there: the layers it depends on, if there is nothing else and what went through them stayed the same.
@@ -126,6 +132,7 @@ def _is_unusual() -> bool:
     """
     return (
         not torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
         or _C._autograd._top_saved_tensors_default_hooks(True) is not None
         or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
         or _C._is_any_autocast_enabled()
@@ -143,15 +150,15 @@ class Chain:
     def __call__(self, tensors: Mapping[str, Tensor], x: Any, watched: Watched | None = None) -> Any:
         """What the module gives for one positional argument; `watched` learns of the linear layers."""
         run: list[Layer] = []
-        noted = watched is not None and watched.begin(x)
+        noted = watched if watched is not None and watched.begin(x) else None
         for function, weight, bias in self._links:
             if function is not None:
                 x = function(x)
                 continue
             before, x = x, linear(x, tensors[weight], None if bias is None else tensors[bias])
-            if noted:
+            if noted is not None and (weight in noted or bias in noted):
                 run.append((weight, bias, before, x, before._version, x._version))
-        return x if watched is None or not noted else watched.left(x, run)
+        return x if noted is None else noted.left(x, run)
 
 
 def chain_of(module: nn.Module) -> Chain | None:

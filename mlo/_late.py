@@ -5,16 +5,18 @@ An import statement in a function is looked up at every call, which takes as lon
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+_SCALARS: list[ModuleType] = []
 
-@cache
+
 def scalars() -> ModuleType:
     """`mlo._scalar`."""
-    from mlo import _scalar
+    if not _SCALARS:
+        from mlo import _scalar
 
-    return _scalar
+        _SCALARS.append(_scalar)
+    return _SCALARS[0]

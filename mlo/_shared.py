@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from functools import reduce
+from itertools import count, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 import torch
 
 from mlo import _tree
-from mlo._autodiff import grouped, leaf_of, reverse_pass
+from mlo._autodiff import grouped, leaf_of, leaves_of, reverse_pass
 from mlo._modes import Recording
 
 if TYPE_CHECKING:
@@ -20,65 +21,88 @@ if TYPE_CHECKING:
 After = TypeVar("After")
 
 
+class Evaluation(NamedTuple):
+    """What one evaluation sees: `places` made of `leaves`, and leaves in place of what is shared, each with its number."""
+
+    places: Mapping[str, Tree]
+    leaves: list[Tensor]
+    stand_ins: list[tuple[int, Tensor]]
+
+
 @final
 class Shared:
     """Parts that evaluations of a function at several places have in common: computed by the first of them, and kept.
 
-    - `leaves`: what the function is differentiated towards, in every evaluation.
     - `first`: the place of the evaluation that computes the parts, which they must not depend on.
     - `used`: whether they were pulled back, and their history is gone.
-    - `pairs`: their tensors that have a history, each with the leaf that evaluations see in its place, so that what
-      arrives there is gathered before it is pulled any further. One part after the other: a part may be made of the leaves
-      of earlier ones.
+    - `tensors`: those of the parts that have a history, one part after the other: a part may be made of earlier ones.
+
+    Every evaluation sees leaves of its own in place of what it is differentiated towards, and of `tensors`, so that what
+    arrives there is gathered before it is pulled any further: an objective may leave hooks on what it is given.
     """
 
     def __init__(self, towards: Mapping[str, Tree], first: Tree) -> None:
-        self.leaves: Mapping[str, Tree] = {name: _tree.apply(leaf_of, tree) for name, tree in towards.items()}
         self.first: Tree = _tree.apply(leaf_of, first)
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.tensors: list[Tensor] = []
         self.used = False
-        self._seen: dict[str, Tree] = {}
+        self._towards = towards
+        self._begun: list[Evaluation] = []
+        self._parts: dict[str, tuple[Tree, int]] = {}
         self._ends: list[int] = []
+
+    def begin(self) -> Evaluation:
+        """What the next evaluation sees."""
+        self._begun.append(Evaluation(*leaves_of(self._towards), []))
+        return self._begun[-1]
 
     def __call__(self, name: str, compute: Callable[[], Tree]) -> Tree:
         """What `compute` gave when this name was asked for first."""
-        if name not in self._seen:
-            self._seen[name] = _tree.apply(self._stand_in, compute())
-            self._ends.append(len(self.pairs))
-        return self._seen[name]
+        if name not in self._parts:
+            part = compute()
+            self._parts[name] = part, len(self.tensors)
+            self.tensors += [tensor for tensor in _tree.leaves(part) if tensor.requires_grad]
+            self._ends.append(len(self.tensors))
+        part, begin = self._parts[name]
+        place, stand_ins = count(begin), self._begun[-1].stand_ins
+
+        def stand_in(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            stand_ins.append((next(place), leaf_of(tensor)))
+            return stand_ins[-1][1]
+
+        return _tree.apply(stand_in, part)
 
     def pulled(self, gathered: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:
-        """What is `gathered` at the leaves of `pairs`, pulled back to `leaves`; and whether a part depends on `first`.
+        """What is `gathered` at `tensors`, pulled back to what the function is differentiated towards; and whether a part
+        depends on `first`.
 
         The last part first: what arrives at a part is complete once all later ones are pulled. Their history is gone then.
         """
-        leaves = [leaf for tree in self.leaves.values() for leaf in _tree.leaves(tree)]
+        leaves = [leaf for begun in self._begun for leaf in begun.leaves]
         inputs = [*leaves, *_tree.leaves(self.first)]
         arrived = list(gathered)
         total: list[Tensor | None] = [None] * len(leaves)
         for begin, end in reversed(list(pairwise((0, *self._ends)))):
-            known = [(self.pairs[at][0], weight) for at in range(begin, end) if (weight := arrived[at]) is not None]
+            known = [(self.tensors[at], weight) for at in range(begin, end) if (weight := arrived[at]) is not None]
             if not known:
                 continue
             outputs, weights = zip(*known, strict=True)
-            earlier = [leaf for _, leaf in self.pairs[:begin]]
+            earlier = [(at, leaf) for begun in self._begun for at, leaf in begun.stand_ins if at < begin]
             try:
-                found = reverse_pass(outputs, [*inputs, *earlier], weights, retain=begin > 0, again=False)
+                everything = [*inputs, *(leaf for _, leaf in earlier)]
+                found = reverse_pass(outputs, everything, weights, retain=begin > 0, again=False)
             except RuntimeError:  # what the level's own derivative ran through has no history any more
                 if _reaches(outputs, _tree.leaves(self.first)):
-                    return total, True
+                    return [], True
                 raise
             if any(each is not None for each in found[len(leaves) : len(inputs)]):
-                return total, True
+                return [], True
             total = _sums(total, found[: len(leaves)])
-            arrived[:begin] = _sums(arrived[:begin], found[len(inputs) :])
-        return total, False
-
-    def _stand_in(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        self.pairs.append((tensor, leaf_of(tensor)))
-        return self.pairs[-1][1]
+            for (at, _), weight in zip(earlier, found[len(inputs) :], strict=True):
+                (arrived[at],) = _sums([arrived[at]], [weight])
+        rest = iter(total)
+        return reduce(_sums, [[next(rest) for _ in begun.leaves] for begun in self._begun]), False
 
 
 def gradient_at_first(
@@ -89,7 +113,7 @@ def gradient_at_first(
     What the function shares is computed, with its history, and kept.
     """
     with Recording():
-        value, after = function(shared.leaves, shared.first, shared)
+        value, after = function(shared.begin().places, shared.first, shared)
     if not value.requires_grad:
         return {}, value.detach(), after
     inputs = _tree.leaves(shared.first)
@@ -108,23 +132,28 @@ def difference(
     What the function shares is pulled back once, linear as that is in what arrives. Two reverse passes and one through
     what is shared, whose history is gone then. Not inside a transform. Also gives whether that depends on `shared.first`.
     """
-    fresh, shared.used = not shared.pairs, True
-    inputs = [leaf for tree in shared.leaves.values() for leaf in _tree.leaves(tree)]
-    total: list[Tensor | None] = [None] * len(inputs)
+    fresh, shared.used = not shared.tensors, True
+    places: Mapping[str, Tree] = {}
+    direct: list[Tensor | None] = []
+    gathered: list[Tensor | None] = []
     with Recording():
         for place, sign in ((above, 1.0), (below, -1.0)):
-            value, _ = function(shared.leaves, place, shared)
-            everything = [*inputs, *(leaf for _, leaf in shared.pairs)]
-            total += [None] * (len(everything) - len(total))
+            places, leaves, stand_ins = shared.begin()
+            value, _ = function(places, place, shared)
+            direct = direct or [None] * len(leaves)
+            gathered += [None] * (len(shared.tensors) - len(gathered))
+            everything = [*leaves, *(leaf for _, leaf in stand_ins)]
             if value.requires_grad and everything:
                 weight = torch.full_like(value, sign)
                 # What was shared just now may have history in common with the value.
-                retain = fresh and place is above and bool(shared.pairs)
-                total = _sums(total, reverse_pass((value,), everything, (weight,), retain=retain, again=False))
+                retain = fresh and place is above and bool(shared.tensors)
+                found = reverse_pass((value,), everything, (weight,), retain=retain, again=False)
+                direct = _sums(direct, found[: len(leaves)])
+                for (at, _), arrived in zip(stand_ins, found[len(leaves) :], strict=True):
+                    (gathered[at],) = _sums([gathered[at]], [arrived])
             del value
-    direct, gathered = total[: len(inputs)], total[len(inputs) :]
     pulled, depends = shared.pulled(gathered)
-    return grouped(shared.leaves, _sums(direct, pulled)), depends
+    return grouped(places, _sums(direct, pulled)) if not depends else {}, depends
 
 
 def _sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:

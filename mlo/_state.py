@@ -156,7 +156,8 @@ FEW = 4096
 def _norm(tree: Tree) -> Tensor:
     """`_tree.norm`, in one piece where the numbers are few."""
     tensors = _tree.leaves(tree)
-    if len(tensors) == 1 or _tree.size(tree) > FEW or len({tensor.dtype for tensor in tensors}) > 1:
+    kinds = {(tensor.dtype, tensor.layout, tensor.device) for tensor in tensors}
+    if len(tensors) == 1 or len(kinds) > 1 or tensors[0].layout is not torch.strided or _tree.size(tree) > FEW:
         return _tree.norm(tree)
     numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return numbers.dot(numbers).sqrt()

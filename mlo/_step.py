@@ -340,8 +340,7 @@ def difference_of_reads(
 ) -> Upstream:
     """`gradient_of_reads` at the first of two places less that at the second, with what is shared computed once."""
     if _unshared(around):
-        above, below = (gradient_of_reads(level, around, place, at, record) for place in places)
-        return {name: _tree.subtract(above[name], below[name]) for name in above}
+        return _tree.difference(*(gradient_of_reads(level, around, place, at, record) for place in places))
     around.tally.gradients += 2
     buffers = {**around.buffers, level.name: at.buffers}
     if shared is not None and shared.used:

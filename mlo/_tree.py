@@ -15,7 +15,7 @@ from mlo._late import scalars
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mlo._types import Tree
+    from mlo._types import Tree, Upstream
 
 _NUMEL: Callable[[Tensor], int] = methodcaller("numel")
 _DETACH: Callable[[Tensor], Tensor] = methodcaller("detach")
@@ -92,6 +92,12 @@ def subtract(tree: Tree, other: Tree) -> Tree:
         return tree - _tensor(other)
     table = _table(other)
     return {name: tensor - table[name] for name, tensor in tree.items()}
+
+
+def difference(above: Upstream, below: Upstream) -> Upstream:
+    """above − below, tree by tree; one that is absent is zero."""
+    found = {name: subtract(tree, below[name]) if name in below else tree for name, tree in above.items()}
+    return found | {name: scale(tree, by=-1.0) for name, tree in below.items() if name not in above}
 
 
 def scale(tree: Tree, *, by: float | Tensor) -> Tree:

@@ -212,8 +212,7 @@ class AbstractStep(ABC):
 
     def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
         """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
-        first, second = self.gradient_of_reads(above), self.gradient_of_reads(below)
-        return {name: _tree.subtract(first[name], second[name]) for name in first}
+        return _tree.difference(self.gradient_of_reads(above), self.gradient_of_reads(below))
 
     def known(self, value: Tensor) -> float | None:
         """See `AbstractLinearisation`."""
@@ -249,8 +248,7 @@ class AbstractLinearisation(ABC):
 
     def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
         """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
-        first, second = self.gradient_of_reads(above), self.gradient_of_reads(below)
-        return {name: _tree.subtract(first[name], second[name]) for name in first}
+        return _tree.difference(self.gradient_of_reads(above), self.gradient_of_reads(below))
 
     @abstractmethod
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:

@@ -93,7 +93,7 @@ def _length(direction: Tree) -> Tensor:
     """‖q‖ in one pass and to 1e-4, which is as good as any ε; more exactly for types that have no such product."""
     tensors = _tree.leaves(direction)
     kinds = {tensor.dtype for tensor in tensors}
-    if len(kinds) > 1 or any(kind.itemsize < 4 or not kind.is_floating_point for kind in kinds):
+    if any(kind.itemsize < 4 or not kind.is_floating_point for kind in kinds):
         return _tree.norm(direction).detach()
     flat = [tensor.reshape(-1) for tensor in tensors]
     squares = [each.dot(each) for each in flat]

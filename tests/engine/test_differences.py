@@ -10,6 +10,7 @@ from helpers import normal, relative_error
 from torch import Tensor
 
 import mlo
+from mlo import _tree
 from mlo._autodiff import difference_of_gradients, gradients
 from mlo._engine import Iteration
 from mlo._step import Step
@@ -119,6 +120,15 @@ def test_a_difference_of_gradients_is_that_of_the_two():
     assert found["u"].keys() == leaves["u"].keys()
     for name, tensor in found["u"].items():
         assert torch.equal(tensor, one["u"][name] - two["u"][name])
+
+
+def test_a_difference_of_trees_takes_what_is_absent_for_zero():
+    one, two = normal(3, seed=1), {"a": normal(2, seed=2)}
+    found = _tree.difference({"both": one, "above": two}, {"both": 2 * one, "below": two})
+    assert found.keys() == {"both", "above", "below"}
+    assert torch.equal(found["both"], -one)
+    assert torch.equal(found["above"]["a"], two["a"])
+    assert torch.equal(found["below"]["a"], -two["a"])
 
 
 def test_no_difference_where_nothing_depends_on_what_is_asked_for():

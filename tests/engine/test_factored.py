@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -208,6 +209,32 @@ def gradient_of_the_input(values: Any, batch: Any) -> Tensor:
     return fit(values, batch) + (values["u"].exp() * (slope.norm(dim=1) - 1).square()).mean()
 
 
+def slope_in_a_transform(values: Any, batch: Any) -> Tensor:
+    """What comes out of the layers has no history there, and is a plain tensor."""
+    one = torch.ones((), dtype=X.dtype)
+    slope = torch.func.grad(lambda scale: (scale * values["w"](X)).square().mean())(one)
+    return fit(values, batch) + values["u"].exp().mean() * slope.square()
+
+
+def jacobian_in_a_transform(values: Any, batch: Any) -> Tensor:
+    jacobian: Any = torch.func.jacrev(lambda scale: (scale * values["w"](X)).mean(1))(torch.ones((), dtype=X.dtype))
+    return fit(values, batch) + (values["u"].exp() * jacobian).mean()
+
+
+def in_inference_mode(values: Any, batch: Any) -> Tensor:
+    with torch.inference_mode(), torch.enable_grad():
+        signs = values["w"](X)[:, 0].sign().tolist()
+    return fit(values, batch) + (values["u"].exp() * (values["w"](X)[:, 0] - torch.tensor(signs)).square()).mean()
+
+
+def copied(values: Any, batch: Any) -> Tensor:
+    """The copy has leaves of its own, and is a constant."""
+    out = values["w"](X)
+    twin = deepcopy(values["w"])
+    assert torch.equal(twin(X), out)
+    return fit(values, batch) + (values["u"].exp() * (out - 2 * twin(X).detach())[:, 0].square()).mean()
+
+
 OBJECTIVES: dict[str, tuple[Callable[[Any, Any], Tensor], bool]] = {
     each.__name__: (each, factored)
     for each, factored in [
@@ -228,6 +255,10 @@ OBJECTIVES: dict[str, tuple[Callable[[Any, Any], Tensor], bool]] = {
         (without_a_record, False),
         (in_a_transform, False),
         (derivative_in_a_transform, False),
+        (slope_in_a_transform, False),
+        (jacobian_in_a_transform, False),
+        (in_inference_mode, False),
+        (copied, True),
         (tangents, False),
         (checkpointed, False),
         (recomputed, False),
@@ -597,6 +628,35 @@ def test_layers_that_do_not_count_hold_nothing(way):
     assert out.shape == (6, 1)
     assert not watched._layers
     assert watched.elsewhere == (way == "without a record")
+
+
+def test_what_goes_through_layers_that_are_held_fixed_is_not_held():
+    network = nn.Sequential(*[nn.Linear(3, 3) for _ in range(4)], nn.Linear(3, 1)).double()
+    trained = dict(network[-1].named_parameters(prefix="4"))
+    watched = Watched(trained)
+    alive = list[Any]()
+    chain = chain_of(network)
+    assert chain is not None
+
+    class Seen(TorchDispatchMode):
+        """How many outputs of the layers are alive whenever another operation runs."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if function in (aten.addmm.default, aten.linear.default):
+                alive.append(weakref.ref(out))
+                counts.append(sum(each() is not None for each in alive))
+            return out
+
+    counts = list[int]()
+    with Seen(), torch.no_grad():
+        chain({**dict(network.named_parameters()), **watched}, X)
+    right, counts[:] = list(counts), []
+    fixed = {name: tensor.detach() for name, tensor in network.named_parameters() if name not in trained}
+    with Seen():
+        chain({**fixed, **watched}, X, watched)
+    assert counts == right
+    assert len(right) == 5
 
 
 def test_an_objective_that_differentiates_and_fails_leaves_nothing_behind():

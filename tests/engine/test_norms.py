@@ -36,6 +36,15 @@ def test_they_are_those_of_all_entries(tree):
     assert norms.direct == 0
 
 
+def test_of_tensors_that_are_sparse():
+    table = normal(5, 3, seed=1)
+    for sparse in (table.to_sparse(), table.to_sparse(1)):
+        tree: Any = {"table": sparse, "other": normal(4, seed=2)}
+        norms = Norms.of(Parts(partial=None, through={"w": tree}, like=tree))
+        right = entries({"table": table, "other": tree["other"]}).norm()
+        torch.testing.assert_close(norms.total, right, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_they_have_the_type_of_what_they_measure(dtype):
     tree = {"a": torch.ones(2, dtype=dtype), "b": torch.ones(2, dtype=dtype)}
