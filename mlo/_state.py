@@ -11,6 +11,7 @@ import torch
 
 from mlo import _tree
 from mlo._errors import UserError
+from mlo._modes import is_traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,10 +155,12 @@ FEW = 4096
 
 
 def _norm(tree: Tree) -> Tensor:
-    """`_tree.norm`, in one piece where the numbers are few."""
+    """`_tree.norm`, in one piece where the numbers are few. A compiler does better with the pieces."""
     tensors = _tree.leaves(tree)
+    if len(tensors) == 1 or is_traced():
+        return _tree.norm(tree)
     kinds = {(tensor.dtype, tensor.layout, tensor.device) for tensor in tensors}
-    if len(tensors) == 1 or len(kinds) > 1 or tensors[0].layout is not torch.strided or _tree.size(tree) > FEW:
+    if len(kinds) > 1 or tensors[0].layout is not torch.strided or _tree.size(tree) > FEW:
         return _tree.norm(tree)
     numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return numbers.dot(numbers).sqrt()
