@@ -6,15 +6,18 @@ as long as the layers. What is a chain of torch's own layers without hooks is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
-from torch import nn
+from torch import nn, overrides
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.nn.functional import linear
 from torch.nn.modules import module as modules
+
+from mlo._modes import is_traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ _FUNCTIONS: dict[type[nn.Module], Callable[[Any], Any]] = {nn.Sigmoid: torch.sig
 
 _CALL = nn.Module.__call__
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_function_modes: Callable[[], Iterable[object]] = overrides._get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
 _is_wrapped: Callable[[Any], bool] = _C._functorch.is_functorch_wrapped_tensor
 _HOOKS = (
     "_forward_hooks",
@@ -72,7 +76,7 @@ class Watched(dict[str, "Tensor"]):
         for layer in run:
             weight, bias, _, after, _, _ = layer
             trained = weight in self and (bias is None or bias in self)
-            if not (trained and after.requires_grad and type(after) is torch.Tensor):
+            if not (trained and after.requires_grad and (type(after) is torch.Tensor or _is_of_trace(after))):
                 self._give_up()
                 return x
         self._layers += run
@@ -119,7 +123,8 @@ class Watched(dict[str, "Tensor"]):
 
 def _is_plain(tensor: Any) -> bool:
     """Whether it is a tensor by itself: of no subclass, inside no transform, dense and real."""
-    plain = type(tensor) is torch.Tensor and not _is_wrapped(tensor) and not tensor.is_inference()
+    plain = type(tensor) is torch.Tensor or _is_of_trace(tensor)
+    plain = plain and not _is_wrapped(tensor) and not tensor.is_inference()
     return plain and tensor.layout is torch.strided and tensor.is_floating_point()
 
 
@@ -136,8 +141,20 @@ def _is_unusual() -> bool:
         or _C._autograd._top_saved_tensors_default_hooks(True) is not None
         or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
         or _C._is_any_autocast_enabled()
-        or _C._len_torch_function_stack() > 0
+        or (_C._len_torch_function_stack() > 0 and not _are_of_trace(_function_modes()))
     )
+
+
+_TRACING = "torch._subclasses.fake_tensor", "torch.fx.experimental.proxy_tensor"
+"""Where the tensors and the function modes of a trace come from. The modes note what is called, and change nothing."""
+
+
+def _is_of_trace(thing: object) -> bool:
+    return type(thing).__module__ in _TRACING and is_traced()
+
+
+def _are_of_trace(things: Iterable[object]) -> bool:
+    return all(map(_is_of_trace, things))
 
 
 @final
@@ -193,7 +210,14 @@ _FOR_ALL = (
 
 def is_observed() -> bool:
     """Whether somebody watches calls of all modules: hooks for every module, tracing, another `nn.Module.__call__`."""
-    return any(_FOR_ALL) or nn.Module.__call__ is not _CALL or _C._get_tracing_state() is not None
+    called = nn.Module.__call__
+    patched = called is not _CALL and not (is_traced() and _hands_through(called))
+    return patched or any(_FOR_ALL) or _C._get_tracing_state() is not None
+
+
+def _hands_through(call: Any) -> bool:
+    """Whether it is what a tracer puts in place of `nn.Module.__call__`, which calls that."""
+    return getattr(call, "__wrapped__", None) is _CALL and call.__code__.co_filename == _symbolic_trace.__file__
 
 
 def _layers(module: nn.Module) -> list[nn.Module | None]:

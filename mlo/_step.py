@@ -11,7 +11,7 @@ from mlo import _tree
 from mlo._autodiff import gradient_with_pullback, is_recorded, linearise, recorded_gradient
 from mlo._errors import GraphError, Mistake
 from mlo._factored import factored_gradient
-from mlo._modes import Recording, inside_transform, is_traced, known
+from mlo._modes import Recording, inside_transform, known
 from mlo._objective import Aftermath, Record, evaluate, options_of, shares
 from mlo._partials import difference_of_partials, partials, shared_partials
 from mlo._reading import reads_live
@@ -302,7 +302,7 @@ def linearised(
             return evaluate(level, around.skeletons, {**around.values, **moving}, buffers, record)
 
         skeleton = around.skeletons.get(level.name)
-        if skeleton is not None and skeleton.may_be_watched and not is_traced():
+        if skeleton is not None and skeleton.may_be_watched:
             given, loss, aftermath, pull = factored_gradient(objective, places, level.name)
             if given is None:
                 raise _disconnected(level)

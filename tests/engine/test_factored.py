@@ -20,10 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mlo
+from mlo import _tree
 from mlo._autodiff import grouped
 from mlo._chain import Watched, chain_of
 from mlo._engine import Iteration
@@ -773,3 +775,38 @@ def test_a_method_of_the_users_own_gets_a_tree_of_tensors():
 def test_the_graph_of_the_upper_objective_is_not_held():
     found = cotangent(graph_of(mlp(), fit, RECORDED, steps=1))
     assert all(pair.before.grad_fn is None and not pair.delta.requires_grad for pair in found._pairs)
+
+
+class Doubled(TorchFunctionMode):
+    """Somebody stands between functions and what they do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is nn.functional.linear else out
+
+
+def doubled(values: Any, batch: Any) -> Tensor:
+    with Doubled():
+        return fit(values, batch)
+
+
+def batched(values: Any, batch: Any) -> Tensor:
+    return (values["u"].exp() * values["w"](batch)[:, 0].square()).mean()
+
+
+@pytest.mark.parametrize(
+    ("objective", "factored"), [(fit, True), (batched, True), (doubled, False), (own_gradient, False)]
+)
+def test_of_a_step_that_is_traced(objective, factored, factors):
+    """The tensors and modes of the tracer are no obstacle; those of others are."""
+    levels = graph_of(mlp(nn.ReLU()), objective, RECORDED, steps=1).levels.values()
+    graph, plain = mlo.Graph(levels, compile="eager"), mlo.Graph(levels)
+    state, batches = graph.init(seed=3), {"w": X + 0.1}
+    state, _ = graph.step(state, batches)  # as it is, and then traced for those to come
+    assert len(factors) == (2 if factored else 0)
+    found, _ = graph.step(state, batches)
+    with observed():
+        right, _ = plain.step(state, batches)
+    for level in ("w", "u"):
+        for one, two in zip(_tree.leaves(found.values[level]), _tree.leaves(right.values[level]), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
