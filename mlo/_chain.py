@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from pathlib import Path
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import nn, overrides
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
+from torch.nn import functional
 from torch.nn.functional import linear
 from torch.nn.modules import module as modules
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 _FUNCTIONS: dict[type[nn.Module], Callable[[Any], Any]] = {nn.Sigmoid: torch.sigmoid, nn.Tanh: torch.tanh}
 """What these layers do: their own `forward` finds it out at every call."""
 
-_CALL = nn.Module.__call__
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _function_modes: Callable[[], Iterable[object]] = overrides._get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
 _is_wrapped: Callable[[Any], bool] = _C._functorch.is_functorch_wrapped_tensor
@@ -209,15 +210,24 @@ _FOR_ALL = (
 
 
 def is_observed() -> bool:
-    """Whether somebody watches calls of all modules: hooks for every module, tracing, another `nn.Module.__call__`."""
-    called = nn.Module.__call__
-    patched = called is not _CALL and not (is_traced() and _hands_through(called))
-    return patched or any(_FOR_ALL) or _C._get_tracing_state() is not None
+    """Whether somebody watches calls of all modules: hooks for every module, tracing, functions in place of torch's own."""
+    return _calls() != _CALLS or any(_FOR_ALL) or _C._get_tracing_state() is not None
 
 
-def _hands_through(call: Any) -> bool:
-    """Whether it is what a tracer puts in place of `nn.Module.__call__`, which calls that."""
-    return getattr(call, "__wrapped__", None) is _CALL and call.__code__.co_filename == _symbolic_trace.__file__
+def _calls() -> tuple[object, ...]:
+    """What stands between a call of a chain and its arithmetic."""
+    call: object = nn.Module._call_impl  # pyright: ignore[reportPrivateUsage]
+    layers = nn.Sequential.forward, nn.Linear.forward, nn.ReLU.forward, nn.Sigmoid.forward, nn.Tanh.forward
+    return (nn.Module.__call__, call, functional.linear, *layers)
+
+
+def _are_torchs(calls: Iterable[Any]) -> bool:
+    """Whether they are torch's own. Who replaced one of them may have been here before us."""
+    home = str(Path(torch.__file__).parent)
+    return all(isinstance(call, BuiltinFunctionType) or call.__code__.co_filename.startswith(home) for call in calls)
+
+
+_CALLS = _calls() if _are_torchs(_calls()) else None
 
 
 def _layers(module: nn.Module) -> list[nn.Module | None]:

@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+from torch import nn
 from torch.fx.graph import CodeGen
 
 from mlo._backend import compiled, first_line
 from mlo._engine import Iteration, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._flat import Form, flatten, rebuild
+from mlo._modes import watchers
 from mlo._objective import known_to_share, shares
 from mlo._plan import Plan
 from mlo._reduction import refuse_compiling
@@ -91,8 +93,11 @@ class Compiler:
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
         """`mlo._engine.step`, equal to it up to rounding.
 
+        Where somebody stands between operations and what they do, it is that itself: a program has no operations to show.
         Raises `GraphError` for what cannot be traced; and `UserError` for batches of too many kinds.
         """
+        if watchers():
+            return step(self._plan, state, batches)
         due = _due(self._plan, state)
         if not all(self._has_moved(name, state) for name in due):
             after, metrics = step(self._plan, state, batches)
@@ -221,7 +226,7 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
             return [*out, finite.all(), finite]
 
     try:
-        module = make_fx(iteration, tracing_mode="fake", _allow_non_fake_inputs=True)(tensors)
+        module = make_fx(_with_calls_of_now(iteration), tracing_mode="fake", _allow_non_fake_inputs=True)(tensors)
     except UserError:
         raise
     except Exception as error:
@@ -234,6 +239,23 @@ def _traced(plan: Plan, state: State, form: Form, tensors: list[Tensor]) -> tupl
     ((out, looked_at, shown),) = ends
     taken_from = _pruned(module)
     return module, Program(module, out, taken_from, looked_at, shown)
+
+
+def _with_calls_of_now(iteration: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """`iteration` with `nn.Module.__call__` as it stands now, in place of the one that tracers bring along.
+
+    Theirs passes over what a user has put there, and looks like that of a tracer inside an objective.
+    """
+    now = nn.Module.__call__
+
+    def inside(given: list[Tensor]) -> list[Tensor]:
+        tracers, nn.Module.__call__ = nn.Module.__call__, now
+        try:
+            return iteration(given)
+        finally:
+            nn.Module.__call__ = tracers
+
+    return inside
 
 
 def _come_out(inside: Iteration) -> tuple[dict[str, Any], tuple[tuple[str, int, str], ...], dict[str, Any]]:

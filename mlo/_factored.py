@@ -37,7 +37,7 @@ After = TypeVar("After")
 def factored_gradient(
     function: Callable[[Mapping[str, Tree]], tuple[Tensor, After]], at: Mapping[str, Tree], own: str
 ) -> tuple[Callable[[], Tree] | None, Tensor, After, Callable[..., Upstream]]:
-    """`mlo._autodiff.gradient_with_pullback`, with a call that gives the gradient in place of it. Not traced.
+    """`mlo._autodiff.gradient_with_pullback`, with a call that gives the gradient in place of it.
 
     As factors where `function` puts the tensors of `at[own]` into linear layers of a chain and nowhere else, and otherwise
     as it is. The call multiplies the factors.
@@ -59,7 +59,7 @@ def gradients_as_factors(
 ) -> tuple[Upstream, Tensor, After]:
     """`mlo._autodiff.gradients`, with that in `at[factored]` as `Factored` where it can be.
 
-    Not inside a transform, not traced, and at the outermost level only: not where `at` is recorded.
+    Not inside a transform, and at the outermost level only: not where `at` is recorded.
     """
     with Recording():
         value, after, places, watched, layers = _evaluated(function, at, factored)

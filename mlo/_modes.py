@@ -19,7 +19,7 @@ _record: Callable[[bool], None] = _C._set_grad_enabled
 inside_transform: Callable[[], object] = _C._functorch.peek_interpreter_stack
 """Whether a `torch.func` transform is active around us: the innermost one, or None."""
 
-_watchers: Callable[[], int] = _C._len_torch_dispatch_stack
+watchers: Callable[[], int] = _C._len_torch_dispatch_stack
 """How many stand between operations and what they do: tracers, tensors without numbers, counters of operations."""
 
 
@@ -41,7 +41,7 @@ def may_overwrite() -> bool:
     It may not where operations are recorded, traced or watched, nor inside a transform, in which it may be the same for a
     whole batch of what is written.
     """
-    return not (torch.is_grad_enabled() or inside_transform() or _watchers())
+    return not (torch.is_grad_enabled() or inside_transform() or watchers())
 
 
 class Recording:

@@ -31,7 +31,7 @@ def partials(
 ) -> tuple[Upstream, Tensor, Aftermath]:
     """∂f/∂(variables of each level in `towards`), the loss, and what the evaluation leaves. One first-order reverse pass.
 
-    That of `factored` is left as factors where it can be; at the outermost level only, in one process, not traced.
+    That of `factored` is left as factors where it can be; at the outermost level and in one process only.
 
     A level that the objective does not depend on is absent. Gradients, loss and measurements are reduced over processes:
     measurements of one number, that is; others are those of this process's part of the batch.

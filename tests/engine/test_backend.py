@@ -83,3 +83,23 @@ def test_inductor_computes_what_was_traced():
     for given in (tensors, others):
         for one, two in zip(run(*given), function(*given), strict=True):
             assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(compiler() == "eager", reason="torch finds no C++ compiler")
+def test_inductor_keeps_the_factors_of_sums():
+    """Inductor's own patterns make a + BC of a + αBC, and a sum of two products of αBC + DE."""
+
+    def function(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            torch.add(a, b @ c, alpha=-0.05),
+            torch.add(b @ c, a, alpha=3.0),
+            torch.add(b @ c, b.sin() @ c, alpha=-0.5),
+            torch.sub(a, b.cos() @ c, alpha=2.0),
+            torch.addmm(a, b, c, beta=0.5, alpha=2.0).relu(),
+            torch.add(a[0], torch.addmv(a[1], c.mT, b[0], beta=-1.0, alpha=2.0), alpha=0.3),
+        )
+
+    tensors = [normal(*shape, seed=seed) for seed, shape in enumerate([(5, 6), (5, 4), (4, 6)])]
+    run = compiled(make_fx(function, tracing_mode="fake")(*tensors), tensors, "inductor")
+    for one, two in zip(run(*tensors), function(*tensors), strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ The oracle is plain autograd: where somebody observes all modules, a chain is ca
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -237,6 +239,12 @@ def copied(values: Any, batch: Any) -> Tensor:
     return fit(values, batch) + (values["u"].exp() * (out - 2 * twin(X).detach())[:, 0].square()).mean()
 
 
+def traced_inside(values: Any, batch: Any) -> Tensor:
+    """The leaves are constants of a trace of the objective's own, which is run again later."""
+    run = make_fx(lambda x: values["w"](x))(X)
+    return fit(values, batch) + (values["u"].exp() * run(X)[:, 0].square()).mean()
+
+
 OBJECTIVES: dict[str, tuple[Callable[[Any, Any], Tensor], bool]] = {
     each.__name__: (each, factored)
     for each, factored in [
@@ -267,6 +275,7 @@ OBJECTIVES: dict[str, tuple[Callable[[Any, Any], Tensor], bool]] = {
         (gradient_of_the_input, False),
         (gradient_of_the_output, True),
         (own_gradient, False),
+        (traced_inside, False),
     ]
 }
 
@@ -795,7 +804,8 @@ def batched(values: Any, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("objective", "factored"), [(fit, True), (batched, True), (doubled, False), (own_gradient, False)]
+    ("objective", "factored"),
+    [(fit, True), (batched, True), (doubled, False), (own_gradient, False), (traced_inside, False)],
 )
 def test_of_a_step_that_is_traced(objective, factored, factors):
     """The tensors and modes of the tracer are no obstacle; those of others are."""
@@ -810,3 +820,29 @@ def test_of_a_step_that_is_traced(objective, factored, factors):
     for level in ("w", "u"):
         for one, two in zip(_tree.leaves(found.values[level]), _tree.leaves(right.values[level]), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("compiled", [False, "eager"])
+def test_calls_of_modules_that_somebody_has_replaced(compiled, monkeypatch, factors):
+    """By a function that hides behind the one it replaces, as a tracer's does."""
+    call = nn.Module.__call__
+
+    @functools.wraps(call)
+    def doubling(module: nn.Module, *arguments: Any) -> Any:
+        out = call(module, *arguments)
+        return 2 * out if type(module) is nn.Linear else out
+
+    levels = graph_of(mlp(nn.ReLU()), batched, RECORDED, steps=1).levels.values()
+    graph, plain = mlo.Graph(levels, compile=compiled), mlo.Graph(levels)
+    state, _ = graph.step(graph.init(seed=3), {"w": X + 0.1})
+    _, usual = plain.step(state, {"w": X + 0.1})
+    factors.clear()
+    monkeypatch.setattr(nn.Module, "__call__", doubling)
+    graph = mlo.Graph(levels, compile=compiled)
+    _, found = graph.step(state, {"w": X + 0.1})
+    assert not factors
+    with observed():
+        _, right = plain.step(state, {"w": X + 0.1})
+    assert not torch.isclose(right.losses["w"], usual.losses["w"], rtol=0.1)
+    torch.testing.assert_close(found.losses["w"], right.losses["w"], rtol=1e-12, atol=1e-14)
+    assert nn.Module.__call__ is doubling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from copy import deepcopy
 from typing import Any
 
@@ -120,3 +122,40 @@ def test_hooks_of_all_modules_are_called():
         handle.remove()
     assert seen == ["Linear", "GELU", "Linear", "Sequential", "LogSoftmax", "Sequential"]
     assert torch.equal(watched, run(module, x, training=True))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Linear, "forward"),
+        (nn.Sequential, "forward"),
+        (nn.ReLU, "forward"),
+        (nn.Tanh, "forward"),
+        (nn.functional, "linear"),
+        (nn.Module, "_call_impl"),
+        (nn.Module, "__call__"),
+    ],
+)
+def test_a_function_in_place_of_one_of_torchs_is_called(owner, name, monkeypatch):
+    """Counters of operations, adapters and quantisation replace them."""
+    module, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh()), torch.randn(7, 5)
+    usual, called = run(module, x, training=True), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: called(*arguments) + 1)
+    found = run(module, x, training=True)
+    assert not torch.allclose(found, usual)
+    assert torch.equal(found, module(x))
+
+
+def test_a_function_that_was_replaced_before_is_called():
+    script = """
+import torch
+from torch import nn
+
+forward = nn.Linear.forward
+nn.Linear.forward = lambda *arguments: forward(*arguments) + 1
+from mlo._module import ModuleVariables, Skeleton, numbers
+
+module, x = nn.Linear(3, 2), torch.ones(1, 3)
+assert torch.equal(ModuleVariables(Skeleton(module), *numbers(module))(x, training=True), module(x))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
