@@ -27,7 +27,6 @@ from mlo._backend import compiled, first_line
 from mlo._engine import Iteration, step, taken
 from mlo._errors import GraphError, Mistake, NumericalError, UserError
 from mlo._flat import Form, flatten, rebuild
-from mlo._modes import watchers
 from mlo._objective import known_to_share, shares
 from mlo._plan import Plan
 from mlo._reduction import refuse_compiling
@@ -93,11 +92,8 @@ class Compiler:
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, Metrics]:
         """`mlo._engine.step`, equal to it up to rounding.
 
-        Where somebody stands between operations and what they do, it is that itself: a program has no operations to show.
         Raises `GraphError` for what cannot be traced; and `UserError` for batches of too many kinds.
         """
-        if watchers():
-            return step(self._plan, state, batches)
         due = _due(self._plan, state)
         if not all(self._has_moved(name, state) for name in due):
             after, metrics = step(self._plan, state, batches)

@@ -15,7 +15,7 @@ from mlo._constraint import Constraints
 from mlo._cost import Cost, of_pullback, predicted, size
 from mlo._errors import GraphError, Mistake, UserError, nearest
 from mlo._level import Level
-from mlo._modes import NotRecording, inside_transform
+from mlo._modes import NotRecording, inside_transform, watchers
 from mlo._module import Skeleton, numbers
 from mlo._patterns import unmatched
 from mlo._plan import Plan
@@ -121,7 +121,7 @@ class Graph:
         turns out to be disconnected.
         """
         with _Undisturbed():
-            if self._compiler is not None and not inside_transform():
+            if self._compiler is not None and not (inside_transform() or watchers()):  # who look for operations
                 return self._compiler.step(state, self._checked(batches))
             return _engine.step(self._plan, state, self._checked(batches))
 

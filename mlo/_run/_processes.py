@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
+from importlib import import_module
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
@@ -271,6 +272,7 @@ def _begin(device: str) -> Processes:
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not distributed.is_initialized():
+        import_module("torch.distributed.nn.functional")  # imported later, it would hold the group for good
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
         atexit.register(_leave)
     size, rank = distributed.get_world_size(), distributed.get_rank()

@@ -491,6 +491,31 @@ def test_by_the_real_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method_by_the_real_compiler(method):
+    """On a network whose gradients are products of matrices, each of which inductor may put into a sum."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    x, y = normal(32, 8, seed=1), torch.arange(32) % 4
+
+    def fit(values: Any, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(values["w"](x), y, reduction="none")
+        return (values["u"].sigmoid()[y] * losses).mean()
+
+    def validate(values: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(values["w"](x.cos()), y)
+
+    levels = [
+        mlo.Level("w", objective=fit, variables=network, given=("u",), optimizer=SGD(learning_rate=0.1, momentum=0.9),
+                  hypergradient=method, steps=2),
+        mlo.Level("u", objective=validate, variables=torch.zeros(4), subject_to=("w",),
+                  optimizer=Adam(learning_rate=0.1)),
+    ]  # fmt: skip
+    stops = getattr(method, "tolerance", None) is not None or "GMRES" in str(method)
+    compare(levels, backend=True, tolerance=1e-9, stops=stops)
+
+
+@pytest.mark.slow
 def test_three_products_of_one_linearisation_by_the_real_compiler():
     """Neumann's p − αHp is a sum with a factor, which inductor's patterns lose: 1e-3 off, without a word."""
     before = torch.get_default_dtype()

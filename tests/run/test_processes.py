@@ -239,6 +239,34 @@ def test_torchrun_gives_the_shipped_graph_s_numbers(tmp_path, processes):
     assert several.summary["processes"] == processes
 
 
+PARTING = """
+import atexit
+import os
+from pathlib import Path
+
+
+def note():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    Path(f"threads-{os.environ['RANK']}").write_text("".join(names))
+
+
+atexit.register(note)  # before all others, so that it runs after them
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not listed here")
+def test_the_threads_of_collectives_have_ended_when_python_ends(place):
+    """One that lets go of a tensor afterwards ends the process by a signal, when the run has been made."""
+    (place / "sitecustomize.py").write_text(PARTING)
+    (place / "shared.py").write_text(f"{PROBLEM}\nimport torch.distributed.nn.functional\n")  # as torchvision does
+    codes, _, err = ended(begin(place, *RUN, "--out", "two"))
+    assert codes == [0, 0], err
+    for rank in range(2):
+        names = (place / f"threads-{rank}").read_text()
+        assert "python" in names
+        assert "gloo" not in names
+
+
 def test_two_processes_make_the_run_of_one_and_its_start(place):
     """7 and 9 samples, and 18 of noise beside the 9: parts of 3 and 4, of 4 and 5, of 8 and 10."""
     alone(place)
