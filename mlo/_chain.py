@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from pathlib import Path
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -221,13 +220,13 @@ def _calls() -> tuple[object, ...]:
     return (nn.Module.__call__, call, functional.linear, *layers)
 
 
-def _are_torchs(calls: Iterable[Any]) -> bool:
-    """Whether they are torch's own. Who replaced one of them may have been here before us."""
-    home = str(Path(torch.__file__).parent)
-    return all(isinstance(call, BuiltinFunctionType) or call.__code__.co_filename.startswith(home) for call in calls)
+def _is_torchs(call: Any) -> bool:
+    """Whether it is torch's own function. Who replaced one may have been here before us."""
+    home: str = getattr(call, "__globals__", {}).get("__name__", "")
+    return isinstance(call, BuiltinFunctionType) or home.partition(".")[0] == "torch"
 
 
-_CALLS = _calls() if _are_torchs(_calls()) else None
+_CALLS = _calls() if all(map(_is_torchs, _calls())) else None
 
 
 def _layers(module: nn.Module) -> list[nn.Module | None]:
