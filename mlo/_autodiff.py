@@ -185,16 +185,16 @@ def gradients(
 
 
 def difference_of_gradients(
-    function: Callable[[Mapping[str, Tree], Tree], tuple[Tensor, Any]], at: Mapping[str, Tree], above: Tree, below: Tree
+    function: Callable[[Mapping[str, Tree], Tree], tuple[Tensor, Any]], at: Mapping[str, Tree], places: Iterable[Tree]
 ) -> Upstream:
-    """∂function(at, above)/∂at[name] less ∂function(at, below)/∂at[name], for every name that either depends on.
+    """∂function(at, place)/∂at[name] at the first of two places less that at the second, for names that either depends on.
 
-    One reverse pass for each place, the first before the second is evaluated. At the outermost level only: not inside a
-    transform, and not where `at` or the places are recorded.
+    One reverse pass for each place. The second is asked for when the first is let go of, so that it finds its memory in the
+    cache. At the outermost level only: not inside a transform, and not where `at` or the places are recorded.
     """
     leaves: Mapping[str, Tree] = at
     found: list[Sequence[Tensor | None]] = []
-    for place in (above, below):
+    for place in places:
         leaves, inputs = leaves_of(at)  # others for each: an objective may leave hooks on them
         with Recording():
             value, _ = function(leaves, place)
@@ -203,7 +203,7 @@ def difference_of_gradients(
         found.append(
             reverse_pass((value,), inputs, weights, retain=False, again=False) if used else [None] * len(inputs)
         )
-        del value  # its graph, before there is another
+        del value, place  # and its graph, before there is another
     return grouped(leaves, list(map(_less, *found)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -120,11 +120,11 @@ class Linearisation(AbstractLinearisation):
             return self._chunks.gradient_of_reads(variables)
         return gradient_of_reads(self._level, self._around, variables, self._at, self._record)
 
-    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+    def difference_of_reads(self, places: Iterable[Tree]) -> Upstream:
         """See `AbstractLinearisation`. What the objective shares is computed once, but for chunks."""
         if self._chunks is not None:
-            return super().difference_of_reads(above, below)
-        return difference_of_reads(self._level, self._around, (above, below), self._at, self._record)
+            return super().difference_of_reads(places)
+        return difference_of_reads(self._level, self._around, places, self._at, self._record)
 
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:
         """See `AbstractLinearisation`."""

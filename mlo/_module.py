@@ -39,15 +39,17 @@ class Skeleton:
             refuse_wrapped(module)
         self.runs = module is not None
         self._modes = {mode: deepcopy(module).to("meta").train(mode) for mode in (True, False)} if module else {}
-        self._chains = {mode: chain_of(copy) for mode, copy in self._modes.items()}
+        self.chains = {mode: chain_of(copy) for mode, copy in self._modes.items()}
+        """The module by its mode, where it is a chain of layers: what takes its place in calls that nobody watches."""
         self._places = {mode: _places(copy) for mode, copy in self._modes.items()}
         self.written = frozenset(name for name, _ in module.named_buffers()) if module else frozenset[str]()
         """Buffers, which a call may overwrite; frozen parameters, kept beside them, are only read."""
-        self._ties = _ties(module) if module else {}
+        self.ties = _ties(module) if module else {}
+        """Second names of tensors that stand in several places, each with the name they are kept under."""
         self._batch_statistics = {mode: _batch_statistics(each, training=mode) for mode, each in self._modes.items()}
         self._constraints = constraints
-        chained = any(chain is not None for chain in self._chains.values())
-        self.may_be_watched = chained and constraints is None and not self._ties
+        chained = any(chain is not None for chain in self.chains.values())
+        self.may_be_watched = chained and constraints is None and not self.ties
         """Whether objectives see the very tensors that the optimizer moves, and a chain may be all that they go into."""
 
     def constrained(self, variables: Tree) -> Tree:
@@ -63,45 +65,37 @@ class Skeleton:
         assert isinstance(value, (dict, Mapping))
         return ModuleVariables(self, value, buffers)
 
+    def complete(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All tensors of the module by name, also by the second names of those that stand in several places."""
+        tensors = {**parameters, **buffers} if buffers else parameters
+        return {**tensors, **{name: tensors[first] for name, first in self.ties.items()}} if self.ties else tensors
+
     def __call__(
-        self,
-        tensors: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        training: bool,
-        watched: Watched | None = None,
+        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
     ) -> tuple[Any, Mapping[str, Tensor]]:
-        """The module's output at `tensors`, its parameters and buffers by name, and what these are after the call.
+        """The module's output at `tensors`, see `complete`, and what these are after the call.
 
         A buffer may have been written to, or another tensor assigned in its place; torch puts the latter into the mapping
         it was given.
         """
-        ties = self._ties
-        everything = {**tensors, **{name: tensors[first] for name, first in ties.items()}} if ties else tensors
-        chain = self._chains[training]
-        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
-            return chain(everything, args[0], watched), everything
         statistics = self._batch_statistics[training]
         if statistics is not None and current_group() is not None:
             raise UserError(
                 f"'{statistics}' takes statistics of the batch, of which each of several processes sees a part: call the "
                 "module with training=False, replace the layer (by GroupNorm, say), or run in one process"
             )
-        if watched is not None:
-            watched.elsewhere = True
         places = self._places[training]
-        stood = [(name, *places[name]) for name in everything]
+        stood = [(name, *places[name]) for name in tensors]
         before = [table[key] for _, table, key in stood]
         try:
             for name, table, key in stood:
-                table[key] = everything[name]
+                table[key] = tensors[name]
             output = self._modes[training](*args, **kwargs)
             after = {name: table[key] for name, table, key in stood if table.get(key) is not None}
         finally:
             for (_, table, key), tensor in zip(stood, before, strict=True):
                 table[key] = tensor
-        return output, {**everything, **after}
+        return output, {**tensors, **after}
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
@@ -216,13 +210,17 @@ class ModuleVariables(Mapping[str, "Tensor"]):
 
     def __call__(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The module's output."""
-        if not self.buffers:
-            return self._skeleton(self._parameters, args, kwargs, training=training, watched=self._watched)[0]
-        written = self._skeleton.written
+        skeleton = self._skeleton
+        chain = skeleton.chains[training]
+        if chain is not None and len(args) == 1 and not kwargs and not is_observed():
+            alone = not (self.buffers or skeleton.ties)
+            tensors = self._parameters if alone else skeleton.complete(self._parameters, self.buffers)
+            return chain(tensors, args[0], self._watched)
+        if self._watched is not None:
+            self._watched.elsewhere = True
+        written = skeleton.written
         buffers = {name: tensor.clone() if name in written else tensor for name, tensor in self.buffers.items()}
-        output, after = self._skeleton(
-            {**self._parameters, **buffers}, args, kwargs, training=training, watched=self._watched
-        )
+        output, after = skeleton(skeleton.complete(self._parameters, buffers), args, kwargs, training=training)
         if training:
             self.buffers = {name: after[name] for name in buffers}
         return output

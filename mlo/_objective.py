@@ -200,8 +200,7 @@ def evaluate(
         views[name] = value if skeleton is None else skeleton.view(value, buffers.get(name, _NO_BUFFERS))
         tensors += _tree.leaves(value)
     visible = Values(level.name, views, record, share)
-    seen = () if inside_transform() else _with_versions(tensors, record.batch)
-    before = list(map(_VERSION, seen))
+    seen, before = ([], []) if inside_transform() else _with_versions(tensors, record.batch)
     _random.reseed(record.seed)
     assert level.objective is not None
     try:
@@ -241,8 +240,8 @@ def known_to_share(level: Level) -> None:
     _SHARING.add(level)
 
 
-def _with_versions(tensors: list[Tensor], batch: Any) -> list[Tensor]:
-    """Those of `tensors` and in `batch` that know when they are written to."""
+def _with_versions(tensors: list[Tensor], batch: Any) -> tuple[list[Tensor], list[int]]:
+    """Those of `tensors` and in `batch` that know when they are written to, and how often that was."""
     waiting = [] if batch is None else [batch]
     while waiting:
         part = waiting.pop()
@@ -252,9 +251,11 @@ def _with_versions(tensors: list[Tensor], batch: Any) -> list[Tensor]:
             waiting += part.values()
         elif isinstance(part, tuple | list):
             waiting += part
-    if any(map(torch.is_inference, tensors)):
-        return [tensor for tensor in tensors if not tensor.is_inference()]
-    return tensors
+    try:
+        return tensors, list(map(_VERSION, tensors))
+    except RuntimeError:  # those of inference mode do not
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        return tensors, list(map(_VERSION, tensors))
 
 
 def _refuse_changed(parts: Mapping[str, Iterable[tuple[Tensor, int]]], level: Level) -> None:

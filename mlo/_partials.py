@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mlo._autodiff import difference_of_gradients, gradients
@@ -68,7 +68,7 @@ def difference_of_partials(
     buffers: Mapping[str, Mapping[str, Tensor]],
     record: Record,
     towards: tuple[str, ...],
-    places: tuple[Tree, Tree],
+    places: Iterable[Tree],
     shared: Shared | None = None,
 ) -> Upstream:
     """∂f/∂(variables of each level in `towards`) with the level itself at the first of two places, less at the second.
@@ -76,14 +76,14 @@ def difference_of_partials(
     What its objective shares is computed once: here, or where `shared` comes from. Reduced over processes, as `partials`.
     Raises `UserError` where what it shares depends on the level's own variables.
     """
-    above, below = places
     if not shares(level):
 
         def objective(moving: Mapping[str, Tree], own: Tree) -> tuple[Tensor, Aftermath]:
             return evaluate(level, skeletons, {**values, **moving, level.name: own}, buffers, record)
 
-        found = difference_of_gradients(objective, {name: values[name] for name in towards}, above, below)
+        found = difference_of_gradients(objective, {name: values[name] for name in towards}, places)
         return reduced_trees(found, record.batch, level.name)[0]
+    above, below = places
     if shared is None:
         shared = Shared({name: values[name] for name in towards}, above)
         above = shared.first

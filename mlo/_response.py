@@ -220,6 +220,7 @@ def _taken(
         fixed = _without_history(around) if recording else around
         if tape.forward and not recording:
             tangents = at_rest(position, fixed)
+        forgets = level.has_closed_pullback and not tangents
         for number, record in enumerate(records[:steps]):
             if kept.maxlen == 1:
                 kept.clear()  # and its gradient, before there is another
@@ -227,7 +228,7 @@ def _taken(
                 kept[-1] = kept[-1].bare(moments=recording or not level.has_closed_pullback)
             # A recorded response is pulled back towards other levels than it is taken for.
             compared = tape.compared and not recording and number == steps - 1
-            position, last, loss, aftermath = take(level, position, fixed, record, compared=compared)
+            position, last, loss, aftermath = take(level, position, fixed, record, forgets=forgets, compared=compared)
             tangents = advanced(last, tangents) if tangents else []
             rest = (last.record, last.at.buffers)
             kept.append(last)
@@ -260,7 +261,7 @@ def _record_one(level: Level, around: Surroundings, at: Position, records: Seque
         found = pull(cotangent, names, retain=retain)  # κ comes last: there are fewer numbers than in the cotangent
         return {name: _tree.scale(tree, by=multiple) for name, tree in found.items()}
 
-    last = Step(level, around, at, record.with_choices(aftermath.choices), gradient)
+    last = Step(level, around, at, record.with_choices(aftermath.choices), None)
     end = Position(variables, aftermath.buffers, state)
     return _Steps(
         end,

@@ -83,9 +83,10 @@ class Surroundings(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class Step(AbstractStep):
-    """One optimizer step that was taken. `gradient` is kept of the last one only: None is evaluated again if asked for.
+    """One optimizer step that was taken.
 
-    Of the others the moments are not kept either, where their numbers do not matter for the pullback: see `bare`.
+    `gradient` is kept of the last one, and only where its update has no pullback in closed form: None is evaluated again if
+    asked for. Of the others the moments are not kept either, where their numbers do not matter for the pullback: see `bare`.
 
     `shared` is what its evaluation computed that others need as well, for one pullback; others compute it again.
     """
@@ -147,9 +148,9 @@ class Step(AbstractStep):
         """See `AbstractStep`."""
         return gradient_of_reads(self.level, self.around, variables, self.at, self.record)
 
-    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
+    def difference_of_reads(self, places: Iterable[Tree]) -> Upstream:
         """See `AbstractStep`. What the objective shares is computed once."""
-        return difference_of_reads(self.level, self.around, (above, below), self.at, self.record, self.shared)
+        return difference_of_reads(self.level, self.around, places, self.at, self.record, self.shared)
 
     def known(self, value: Tensor) -> float | None:
         """See `AbstractLinearisation`."""
@@ -226,10 +227,11 @@ def regrouped(trees: Mapping[str, Tree], tensors: Iterable[Tensor]) -> dict[str,
 
 
 def take(
-    level: Level, at: Position, around: Surroundings, record: Record, *, compared: bool = False
+    level: Level, at: Position, around: Surroundings, record: Record, *, forgets: bool = False, compared: bool = False
 ) -> tuple[Position, Step, Tensor, Aftermath]:
     """One step of `level` from `at`: where it leads, the step itself, its loss and what was left behind. One gradient.
 
+    - `forgets`: whether its gradient is not kept.
     - `compared`: whether `difference_of_reads` will be asked for. What the objective shares is then kept for it.
     """
     around.tally.gradients += 1
@@ -244,7 +246,8 @@ def take(
     assert level.optimizer is not None
     options = options_of(level, around.skeletons, values)
     variables, optimizer = updated(level.optimizer, record.iteration, gradient, at.optimizer, at.variables, options)
-    step = Step(level, around, at, record.with_choices(aftermath.choices), gradient, shared)
+    kept = None if forgets else gradient
+    step = Step(level, around, at, record.with_choices(aftermath.choices), kept, shared)
     return Position(variables, aftermath.buffers, optimizer), step, loss, aftermath
 
 
@@ -333,7 +336,7 @@ def gradient_of_reads(level: Level, around: Surroundings, variables: Tree, at: P
 def difference_of_reads(
     level: Level,
     around: Surroundings,
-    places: tuple[Tree, Tree],
+    places: Iterable[Tree],
     at: Position,
     record: Record,
     shared: Shared | None = None,

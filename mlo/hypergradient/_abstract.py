@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlo import _tree
@@ -210,9 +210,12 @@ class AbstractStep(ABC):
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
 
-    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
-        """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
-        return _tree.difference(self.gradient_of_reads(above), self.gradient_of_reads(below))
+    def difference_of_reads(self, places: Iterable[Tree]) -> Upstream:
+        """`gradient_of_reads` at the first of two places less that at the second, each asked for when its turn comes.
+
+        Two gradients.
+        """
+        return _tree.difference(*map(self.gradient_of_reads, places))
 
     def known(self, value: Tensor) -> float | None:
         """See `AbstractLinearisation`."""
@@ -246,9 +249,12 @@ class AbstractLinearisation(ABC):
     def gradient_of_reads(self, variables: Tree) -> Upstream:
         """∂f/∂u with the level's own variables at `variables`. One gradient."""
 
-    def difference_of_reads(self, above: Tree, below: Tree) -> Upstream:
-        """`gradient_of_reads` at `above` less that at `below`. Two gradients."""
-        return _tree.difference(self.gradient_of_reads(above), self.gradient_of_reads(below))
+    def difference_of_reads(self, places: Iterable[Tree]) -> Upstream:
+        """`gradient_of_reads` at the first of two places less that at the second, each asked for when its turn comes.
+
+        Two gradients.
+        """
+        return _tree.difference(*map(self.gradient_of_reads, places))
 
     @abstractmethod
     def inverse(self, solve: Callable[[AbstractLinearisation, Tree], Tree], cotangent: Tree) -> Tree:

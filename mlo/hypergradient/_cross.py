@@ -81,7 +81,7 @@ def central_difference(
     else:
         epsilon = radius / length
     places = (_tree.add(start, direction, scale=sign * epsilon) for sign in (1, -1))
-    return {name: _tree.scale(tree, by=0.5 * scale / epsilon) for name, tree in at.difference_of_reads(*places).items()}
+    return {name: _tree.scale(tree, by=0.5 * scale / epsilon) for name, tree in at.difference_of_reads(places).items()}
 
 
 def moderate_length(at: AbstractLinearisation | AbstractStep, direction: Tree) -> float | None:

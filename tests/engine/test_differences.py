@@ -112,7 +112,7 @@ def test_a_difference_of_gradients_is_that_of_the_two():
         return (own * (at["u"]["both"].sin() + at["u"][side].cos() + at[side].exp())).sum(), None
 
     with torch.no_grad():
-        found = difference_of_gradients(function, leaves, above, below)
+        found = difference_of_gradients(function, leaves, iter((above, below)))
         one, two = (gradients(lambda at, place=place: function(at, place), leaves)[0] for place in (above, below))
     assert found.keys() == {"u", "above", "below"}
     assert torch.equal(found["above"], one["above"])
@@ -134,5 +134,5 @@ def test_a_difference_of_trees_takes_what_is_absent_for_zero():
 def test_no_difference_where_nothing_depends_on_what_is_asked_for():
     with torch.no_grad():
         at, place = {"u": normal(3, seed=1)}, normal(3, seed=2)
-        assert difference_of_gradients(lambda at, own: (own.sum(), None), at, place, -place) == {}
-        assert difference_of_gradients(lambda at, own: (own.sum(), None), {}, place, -place) == {}
+        assert difference_of_gradients(lambda at, own: (own.sum(), None), at, (place, -place)) == {}
+        assert difference_of_gradients(lambda at, own: (own.sum(), None), {}, (place, -place)) == {}
