@@ -322,10 +322,11 @@ def grouped(wanted: Mapping[str, Tree], found: Sequence[Tensor | None]) -> Upstr
             continue
         own = found[begin : begin + len(tree)]
         begin += len(tree)
-        if NoneType not in map(type, own):
+        kinds = set(map(type, own))
+        if NoneType not in kinds:
             if own:
                 by_name[name] = dict(zip(tree, own, strict=True))  # pyright: ignore[reportArgumentType]
-        elif not all(part is None for part in own):
+        elif len(kinds) > 1:
             pairs = zip(tree.items(), own, strict=True)
             by_name[name] = {key: torch.zeros_like(leaf) if part is None else part for (key, leaf), part in pairs}
     return by_name
