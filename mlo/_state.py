@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, final
@@ -153,9 +153,6 @@ class Norms:
 FEW = 4096
 """Numbers up to which copying them next to each other costs less than an operation more."""
 
-_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-_side_by_side: Callable[[Sequence[Tensor]], Tensor] = _C._nn.flatten_dense_tensors
-
 
 def _norm(tree: Tree) -> Tensor:
     """`_tree.norm`, in one piece where the numbers are few. A compiler does better with the pieces."""
@@ -165,7 +162,7 @@ def _norm(tree: Tree) -> Tensor:
     kinds = {(tensor.dtype, tensor.layout, tensor.device) for tensor in tensors}
     if len(kinds) > 1 or tensors[0].layout is not torch.strided or _tree.size(tree) > FEW:
         return _tree.norm(tree)
-    numbers = _side_by_side(tensors)
+    numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return numbers.dot(numbers).sqrt()
 
 
